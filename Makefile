@@ -1,0 +1,75 @@
+# Set-up and the jobs of this repository. `make demo` is the main one and installs what it needs.
+
+PYTHON ?= python3
+DATA ?=
+BACKENDS ?= tensorflow jax torch
+PYTEST_ARGS ?= -q -n auto --maxprocesses 4
+
+# Small CPU builds. For PyTorch, point pip at an index or a folder with "+cpu" wheels
+# (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS); without one, pip takes the default build.
+TENSORFLOW ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),tensorflow-cpu,tensorflow)
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+QUICK := not slow and not bench and not network and not arm
+
+export TF_CPP_MIN_LOG_LEVEL := 3
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow bench lint format clean
+
+help:
+	@echo "make install             the virtual environment $(VENV) with the three backends"
+	@echo "make demo [DATA=x.npz]   the main job: train, quantize, export, verify"
+	@echo "make test                the tests, on: $(BACKENDS)"
+	@echo "make test-slow           whole models, and exactness on many random ones"
+	@echo "make bench               time of a training step against the float model"
+	@echo "make lint | make format  ruff"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing keras-lowbit and three backends into $(VENV); this takes some minutes."
+	@$(BIN)/python -m pip install --quiet --editable ".[dev,jax]" "$(TENSORFLOW)" "$(TORCH)"
+	@touch $@
+
+demo: install
+	@KERAS_BACKEND=$${KERAS_BACKEND:-tensorflow} $(BIN)/python -m keras_lowbit.demo $(DATA)
+
+# The first backend runs everything; the others leave out what no backend can change.
+test: install
+	@status=0; filter="$(QUICK)"; \
+	for backend in $(BACKENDS); do \
+	  echo "== backend: $$backend"; \
+	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest $(PYTEST_ARGS) -m "$$filter" \
+	    || { status=1; failed="$$failed $$backend"; }; \
+	  filter="$(QUICK) and not once"; \
+	done; \
+	if [ $$status -ne 0 ]; then echo "== failed on:$$failed"; fi; exit $$status
+
+test-slow: install
+	@KERAS_BACKEND=$${KERAS_BACKEND:-tensorflow} $(BIN)/python -m pytest $(PYTEST_ARGS) \
+	  -m "slow and not bench and not network and not arm"
+
+bench: install
+	@status=0; for backend in $(BACKENDS); do \
+	  echo "== backend: $$backend"; \
+	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q -s -m bench || status=1; \
+	done; exit $$status
+
+lint: install
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: install
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

@@ -1,0 +1,25 @@
+"""Low-bit quantization for Keras 3: the integers you trained are the integers the phone computes.
+
+What this file lists is stable; other names may change.
+"""
+
+from keras_lowbit import callbacks, layers, quantizers, transform, zoo
+from keras_lowbit.integer import integer_op as _registered  # noqa: F401 - so that files load
+from keras_lowbit.integer.emit import NotExportable
+from keras_lowbit.scheme import Scheme
+from keras_lowbit.transform import calibrate, freeze, quantize_model, reestimate_batchnorm
+
+__all__ = [
+    "NotExportable",
+    "Scheme",
+    "calibrate",
+    "callbacks",
+    "freeze",
+    "layers",
+    "quantize_model",
+    "quantizers",
+    "reestimate_batchnorm",
+    "transform",
+    "zoo",
+]
+__version__ = "0.1.0"

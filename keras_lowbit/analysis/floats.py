@@ -1,0 +1,71 @@
+"""Which calls of a model compute with reals, and why: those that no integer form exists for."""
+
+from __future__ import annotations
+
+from keras_lowbit import layers, walk
+from keras_lowbit.kinds import activation_name, kind_of
+
+_EXACT_ACTIVATIONS = ("linear", "relu", "relu6")
+_QUANTIZED = (
+    layers.QuantizedConv2D,
+    layers.QuantizedDepthwiseConv2D,
+    layers.QuantizedSeparableConv2D,
+    layers.QuantizedDense,
+)
+NOT_QUANTIZED = "the model is not quantized"
+
+
+def why_float(program: walk.Program) -> dict[str, str]:
+    """Reasons by call name; calls on codes, and those that melt into one, are not in it.
+
+    A call that reads what a float call made is float too, until a `Quantize` stands between.
+    """
+    quantized = any(_is_quantized(call) for call in program.calls)
+    readers = program.readers()
+    culprits: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for call in program.calls:
+        why = _own_reason(call, quantized, readers)
+        culprit = call.name if why else None
+        if why is None and quantized and kind_of(call) != "quantize":
+            culprit = next((culprits[r.index] for r in call.inputs if r.index in culprits), None)
+            why = culprit and f"it reads {culprit}, which stays float"
+        if why:
+            found[call.name] = why
+        if culprit:
+            culprits.update({ref.index: culprit for ref in walk.refs(call.outputs)})
+    return found
+
+
+def _is_quantized(call):
+    return kind_of(call) == "quantize" or isinstance(call.operation, _QUANTIZED)
+
+
+def _own_reason(call, quantized, readers):
+    """Why a call is float whatever it reads, or `None`."""
+    layer, kind = call.operation, kind_of(call)
+    if kind is None:
+        return f"{type(layer).__name__} has no quantized form"
+    if kind == "product":
+        return _product_reason(call, quantized)
+    if kind == "activation":
+        name = activation_name(layer)
+        if name == "softmax":
+            inside = any(readers.get(ref.index) for ref in walk.refs(call.outputs))
+            return "a softmax has an integer form at the end only" if inside else None
+        if name not in _EXACT_ACTIVATIONS:
+            return f"activation {name!r} has no integer form"
+    return None
+
+
+def _product_reason(call, quantized):
+    layer = call.operation
+    if not isinstance(layer, _QUANTIZED):
+        return "the scheme leaves it out" if quantized else NOT_QUANTIZED
+    for argument in ("kernel", "depthwise", "pointwise", "between"):
+        if getattr(layer, f"{argument}_quantizer", layer) is None:
+            return f"{argument}_quantizer is None"
+    if len(call.inputs) == 1 and layer.input_quantizer is None:
+        return "its input has no grid (neither a Quantize before it nor an input_quantizer)"
+    name = activation_name(layer)
+    return None if name in _EXACT_ACTIVATIONS else f"activation {name!r} has no integer form"

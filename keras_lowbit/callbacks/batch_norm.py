@@ -1,0 +1,96 @@
+"""Batch-norm statistics that belong to the weights at hand, while `fit` runs."""
+
+from __future__ import annotations
+
+import keras
+
+from keras_lowbit.callbacks.bit_descent import BitDescent
+from keras_lowbit.callbacks.sites import checked_count
+from keras_lowbit.transform.reestimate import reestimate_batchnorm
+
+
+class BatchNormReestimation(keras.callbacks.Callback):
+    """Re-estimates the moving statistics of batch norms (`transform.reestimate_batchnorm`).
+
+    Moving averages trail behind weights on a coarse grid, which jump. Where an epoch has
+    validation, the statistics are fresh before it.
+
+    List it before callbacks that save at the end of an epoch (`ModelCheckpoint`,
+    `BackupAndRestore`, `Resume`). Beside `FreezeBatchNorm` give `at_end=False`, or the end
+    undoes the freeze.
+
+    Args:
+        data: images, as for `reestimate_batchnorm`.
+        steps: batches to use; `None` for all.
+        every: after every so many epochs; `None` for never.
+        at_end: after the last epoch, also where training stops early.
+        after: a `BitDescent` of the same `fit`; statistics are fresh before the first step of
+            each epoch that it begins with other bits.
+        batch_size: images at a time, for arrays.
+
+    Raises:
+        ValueError: counts below 1, `after` is no `BitDescent`, or nothing to do.
+    """
+
+    def __init__(
+        self,
+        data,
+        steps: int | None = None,
+        every: int | None = None,
+        at_end: bool = True,
+        after: BitDescent | None = None,
+        batch_size: int = 128,
+    ):
+        super().__init__()
+        for name, value in (("steps", steps), ("every", every)):
+            if value is not None:
+                checked_count(value, who=f"BatchNormReestimation: {name}", least=1)
+        if after is not None and not isinstance(after, BitDescent):
+            raise ValueError(f"BatchNormReestimation: after must be a BitDescent. Got {after!r}")
+        if every is None and not at_end and after is None:
+            raise ValueError("BatchNormReestimation: nothing to do; set every, at_end or after")
+        self.data, self.steps, self.every, self.at_end, self.after = (
+            data,
+            steps,
+            every,
+            at_end,
+            after,
+        )
+        self.batch_size = checked_count(
+            batch_size, who="BatchNormReestimation: batch_size", least=1
+        )
+        self._due_at_start = self._due_at_end = False
+        self._stale = False
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Note when in this epoch statistics are due."""
+        last = self.at_end and epoch + 1 == self.params.get("epochs")
+        self._due_at_end = last or (self.every is not None and (epoch + 1) % self.every == 0)
+        self._due_at_start = self.after is not None
+        self._epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Before the first step: new statistics if the bits have changed."""
+        # Here and not in `on_epoch_begin`, where `after` may not have had its turn yet.
+        if self._due_at_start and self.after.changed_in == self._epoch:
+            self._reestimate()
+        self._due_at_start, self._stale = False, True
+
+    def on_test_begin(self, logs=None):
+        """Before validation."""
+        if self._due_at_end:
+            self._reestimate()
+            self._due_at_end = False
+
+    def on_epoch_end(self, epoch, logs=None):
+        """After an epoch without validation."""
+        self.on_test_begin()
+
+    def on_train_end(self, logs=None):
+        """After training that stopped early."""
+        if self.at_end and self._stale:
+            self._reestimate()
+
+    def _reestimate(self):
+        reestimate_batchnorm(self.model, self.data, steps=self.steps, batch_size=self.batch_size)
+        self._stale = False

@@ -1,0 +1,1 @@
+"""The command line: `keras-lowbit train|quantize|evaluate|export|check|inspect`."""

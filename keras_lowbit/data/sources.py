@@ -1,0 +1,104 @@
+"""`load`: one call for data that comes by name, as a `.npz` file or as a folder of images."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_lowbit.data.dataset import Dataset, stratified
+from keras_lowbit.data.folder import read_folder
+from keras_lowbit.data.npz import read_npz
+
+DOWNLOADED: dict[str, tuple[str, ...]] = {
+    "cifar10": (
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    ),
+    "cifar100": (),
+    "fashion_mnist": (
+        *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
+        *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    ),
+    "mnist": tuple("0123456789"),
+}
+NAMES = ("digits", *DOWNLOADED)
+DIGITS_TEST = 360  # of 1,797 images: a fifth
+
+
+def load(
+    source: str | Path,
+    size: int | tuple[int, int] | None = None,
+    channels: int = 3,
+    seed: int = 0,
+) -> Dataset:
+    """Load a data set by name or path.
+
+    Args:
+        source: `"digits"` (scikit-learn's, 8x8 grey, no download), a `keras.datasets` name
+            (`"cifar10"`, `"cifar100"`, `"mnist"`, `"fashion_mnist"`), a `.npz` file or a folder
+            of images by class. A name wins over a path; write `./digits` for a folder.
+        size: pixels, for folders only: see `keras_lowbit.data.folder.read_folder`.
+        channels: 3 or 1, for folders only.
+        seed: which images of a folder without `test/` become the test part.
+
+    Returns:
+        A `Dataset` with arrays, uint8 or float32, channels last.
+
+    Raises:
+        ValueError: the name or path is unknown, a download failed, a file is damaged, an
+            optional dependency is missing. The message says what to do.
+    """
+    name = str(source)
+    if name == "digits":
+        return _digits()
+    if name in DOWNLOADED:
+        return _downloaded(name)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return read_folder(path, size, channels, seed=seed)
+    if path.is_file() and path.suffix.lower() == ".npz":
+        return read_npz(path)
+    if path.is_file():
+        raise ValueError(f"{path} is neither a .npz file nor a folder of images")
+    near = difflib.get_close_matches(name, NAMES, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"No data set and no path is called {name!r}.{hint} Known names: {', '.join(NAMES)}; "
+        "or pass a .npz file or a folder of images by class"
+    )
+
+
+def _digits() -> Dataset:
+    """1,797 handwritten digits, 16 grey levels stretched to 0..255, split by a fixed seed."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError(
+            "The digits come with scikit-learn, which is not installed: "
+            "pip install keras-lowbit[digits]"
+        ) from error
+    bunch = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype("uint8")
+    train, test = stratified(bunch.target, DIGITS_TEST, 0, "digits")
+    return Dataset(
+        images[train],
+        bunch.target[train],
+        images[test],
+        bunch.target[test],
+        tuple("0123456789"),
+        "digits",
+    )
+
+
+def _downloaded(name: str) -> Dataset:
+    try:
+        (x_train, y_train), (x_test, y_test) = getattr(keras.datasets, name).load_data()
+    except Exception as error:  # Keras raises a bare Exception when a download fails
+        raise ValueError(
+            f"{name} could not be downloaded ({error}). Without a network pass a file instead: "
+            f"{name}.npz with x_train, y_train, x_test, y_test"
+        ) from error
+    return Dataset(x_train, y_train, x_test, y_test, DOWNLOADED[name], name)

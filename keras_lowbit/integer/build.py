@@ -1,0 +1,150 @@
+"""The integer graph of a trained model, with its ends and the containers of its kernels."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import keras
+
+from keras_lowbit import walk
+from keras_lowbit.integer import graph as ir
+from keras_lowbit.integer.emit import NotExportable, OnGrid, Probabilities
+from keras_lowbit.integer.lower import Lowering
+
+TYPES = ("float32", "int8", "uint8")
+WEIGHTS = ("int8", "int4", "int4_all")
+
+
+def check_choice(argument, given, allowed):
+    """Raise `ValueError` unless `given` is one of `allowed`."""
+    if given not in allowed:
+        raise ValueError(f"{argument} must be one of {allowed}. Got {given!r}")
+
+
+def integer_graph(
+    model: keras.Model, *, batch=1, input_type=None, output_type="float32", weights="int8"
+) -> ir.Graph:
+    """The integer graph of a quantized, calibrated model.
+
+    Args:
+        model: functional or Sequential model of quantized layers.
+        batch: images that the graph takes at a time.
+        input_type: `"float32"` takes what the Keras model takes; `"uint8"` and `"int8"` take
+            codes of the input's grid: raw pixels where the model knows their range (`uint8`).
+            `None`: `"float32"`, or `"uint8"` where reals cannot say it.
+        output_type: `"float32"`, `"int8"` or `"uint8"`.
+        weights: `"int8"`, `"int4"` (dense and pointwise kernels of 4 bits or less as int4) or
+            `"int4_all"` (every kernel that fits).
+
+    Raises:
+        NotExportable: names the layer that has no integer form, and the way out.
+        ValueError: an unknown type.
+    """
+    check_choice("output_type", output_type, TYPES)
+    check_choice("weights", weights, WEIGHTS)
+    if input_type is not None:
+        check_choice("input_type", input_type, TYPES)
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch must be a whole number of at least 1. Got {batch!r}")
+    lowering = Lowering(walk.flatten(model), batch, weights)
+    outputs = lowering.run()
+    emitter = lowering.emitter
+    heads, inputs = _input_ends(lowering, input_type)
+    tails, names = _output_ends(emitter, outputs, list(model.output_names), output_type)
+    body = _alive(emitter.ops, {t.inputs[0] for t in tails} | set(names))
+    stored = [_stored(op, emitter.tensors, weights) for op in body]
+    graph_ops = (*heads, *stored, *tails)
+    used = {n for op in graph_ops for n in (*op.inputs, op.output)} | set(inputs)
+    tensors = {name: t for name, t in emitter.tensors.items() if name in used}
+    return ir.Graph(tensors, graph_ops, tuple(inputs), tuple(names))
+
+
+def _input_ends(lowering, input_type):
+    heads, inputs = [], []
+    for name in lowering.program.input_names:
+        if name not in lowering.emitter.images:
+            raise NotExportable(f"Input {name} is not read by any quantized layer")
+        image, made = lowering.emitter.images[name]
+        tensor = lowering.emitter.tensors[made.tensor]
+        shift = image.offset / float(made.grid.scale)
+        # 1e-4 of a code is float32 noise of the offset, far below the half code that matters.
+        shifted = abs(shift) > 1e-4
+        kind = input_type or ("uint8" if shifted else "float32")
+        if kind == "float32" and shifted:
+            raise NotExportable(
+                f"Input {name}: its grid stands {shift:.4g} codes beside 0.0, which a float input "
+                "cannot say. Use input_type='uint8' (raw pixels) or 'int8'"
+            )
+        if kind == "int8":
+            inputs.append(made.tensor)
+            continue
+        border = lowering.emitter.name(name)
+        zero_point = tensor.zero_point + 128 if kind == "uint8" else 0
+        scale = tensor.scale if kind == "uint8" else None
+        lowering.emitter.tensors[border] = ir.Tensor(border, tensor.shape, kind, scale, zero_point)
+        heads.append(ir.Quantize((border,), made.tensor, name))
+        inputs.append(border)
+    return heads, inputs
+
+
+def _output_ends(emitter, outputs, output_names, output_type):
+    tails, names = [], []
+    for value, wanted in zip(outputs, output_names, strict=True):
+        if not isinstance(value, (OnGrid, Probabilities)) or getattr(value, "relu", None):
+            raise NotExportable(
+                f"Output {wanted} has no grid: quantize_model puts one there; in a model built by "
+                "hand, end with a Quantize and a Dequantize layer"
+            )
+        if isinstance(value, OnGrid) and abs(value.factor - 1.0) > 1e-6:
+            raise NotExportable(
+                f"Output {wanted} sits on {value.grid.bits} bits; outputs need an 8-bit grid"
+            )
+        if output_type == "int8":
+            names.append(value.tensor)
+            continue
+        tensor = emitter.tensors[value.tensor]
+        border = emitter.name(f"{wanted}_{output_type}" if wanted == value.tensor else wanted)
+        unsigned = output_type == "uint8"
+        emitter.tensors[border] = ir.Tensor(
+            border,
+            tensor.shape,
+            output_type,
+            tensor.scale if unsigned else None,
+            tensor.zero_point + 128 if unsigned else 0,
+        )
+        op = ir.Quantize if unsigned else ir.Dequantize
+        tails.append(op((value.tensor,), border, wanted))
+        names.append(border)
+    return tails, names
+
+
+def _alive(ops, wanted):
+    """Operations that something reads, in order."""
+    wanted = set(wanted)
+    kept = []
+    for op in reversed(ops):
+        if op.output in wanted:
+            wanted.update(op.inputs)
+            kept.append(op)
+    return kept[::-1]
+
+
+def _stored(op, tensors, weights):
+    """The operation with its kernel in the container that `weights` asks for."""
+    if not isinstance(op, ir.Product) or weights == "int8" or op.kernel_bits > 4:
+        return op
+    fits = op.kernel.size and op.kernel.min() >= -8 and op.kernel.max() <= 7
+    if isinstance(op, ir.FullyConnected):
+        return replace(op, storage="int4") if fits else op
+    pointwise = (
+        isinstance(op, ir.Conv2D)
+        and op.kernel.shape[:2] == (1, 1)
+        and op.strides == (1, 1)
+        and op.kernel.shape[2] == tensors[op.inputs[0]].shape[-1]
+    )
+    if pointwise and fits:
+        # Only as FULLY_CONNECTED does the delegate take a pointwise kernel of int4.
+        shared = {f.name: getattr(op, f.name) for f in fields(ir.Product)}
+        shared.update(kernel=op.kernel[0, 0], storage="int4")
+        return ir.FullyConnected(**shared)
+    return replace(op, storage="int4") if weights == "int4_all" and fits else op

@@ -1,0 +1,377 @@
+"""Putting pending values on grids: the half of the lowering that knows numbers, not Keras.
+
+Keras tensors become one of two things. `OnGrid` is a tensor of the graph with its grid. Anything
+else is *pending*: products, sums and moves that wait for the grid on which a `Quantize` will put
+them; only then operations are emitted. So batch norm, activations and biases melt into the
+operation before them, and a pool or a concatenation before a `Quantize` takes its grid.
+
+How a grid lives in int8, and why kernels' scales move by `written / true` of their neighbours:
+`container`. The arithmetic that everything here prepares is `integer.reference`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_lowbit.integer import graph as ir
+from keras_lowbit.numerics.grid import Grid
+
+LARGEST_BIAS = 2**30
+SMALLEST_MULTIPLIER = 2.0**-30
+LARGEST_MULTIPLIER = 256.0
+
+
+class NotExportable(ValueError):
+    """The model cannot become an integer graph; the message names layers and ways out."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """How a grid is written: `zero_point`, `scale` and the fused activation that clips it."""
+
+    zero_point: int
+    scale: float
+    activation: str
+
+
+def container(grid: Grid, relu: float | None = None) -> Container:
+    """The int8 form of a grid.
+
+    Only ratios of scales count in a product, so a scale may be written such that a fused
+    activation clips at the grid's ends: `6 / hi` with RELU6 for unsigned grids, `1 / hi` with
+    RELU_N1_TO_1 for symmetric ones. Grids that end where int8 ends keep their scale.
+
+    Args:
+        grid: scalar scale.
+        relu: `None`, or the largest value that a ReLU in front lets pass (`inf` for a plain one).
+
+    Raises:
+        NotExportable: no fused activation clips to the grid's codes.
+    """
+    scale, zero_point = float(grid.scale), grid.zero_point
+    if relu is not None and relu < scale * (grid.hi - 0.5):
+        # A ReLU6 that ends below the grid's last code: its own end is written as 6.
+        return Container(zero_point, 6.0 / max(round(relu / scale), 1), "relu6")
+    if relu is not None and grid.lo < 0:
+        if zero_point + grid.hi < 127:
+            return Container(zero_point, 6.0 / grid.hi, "relu6")
+        return Container(zero_point, scale, "relu")
+    low_free = zero_point + grid.lo <= -128
+    high_free = zero_point + grid.hi >= 127
+    if low_free and high_free:
+        return Container(zero_point, scale, "none")
+    if grid.lo == 0:
+        return Container(zero_point, 6.0 / grid.hi, "relu6")
+    if grid.lo == -grid.hi:
+        return Container(zero_point, 1.0 / grid.hi, "relu_n1_to_1")
+    raise NotExportable(f"No fused activation clips to codes {grid.lo}..{grid.hi}")
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """A tensor of the graph. `factor`: written scale over true scale."""
+
+    tensor: str
+    grid: Grid
+    factor: float
+    shape: tuple[int, ...]
+    relu: float | None = None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A product waiting for its grid: integer kernel, true scales, real bias by output channel."""
+
+    op: type
+    inputs: OnGrid
+    kernel: np.ndarray
+    kernel_scale: np.ndarray
+    bias: np.ndarray
+    kernel_bits: int
+    shape: tuple[int, ...]
+    source: str
+    attributes: dict[str, Any]
+    relu: float | None = None
+
+    def affine(self, gain, shift) -> Linear:
+        """`gain * y + shift` by channel: gain's size goes to the scales, its sign to the codes."""
+        sign = np.where(gain < 0, -1, 1).astype(self.kernel.dtype)
+        depthwise = self.op is ir.DepthwiseConv2D
+        signs = sign.reshape(self.kernel.shape[-2:]) if depthwise else sign
+        return replace(
+            self,
+            kernel=self.kernel * signs,
+            kernel_scale=self.kernel_scale * np.abs(gain),
+            bias=self.bias * gain + shift,
+        )
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Two tensors to be added on a grid to come."""
+
+    first: OnGrid
+    second: OnGrid
+    shape: tuple[int, ...]
+    source: str
+    relu: float | None = None
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Codes moved about: an operation whose inputs and output share one grid."""
+
+    op: type
+    parts: tuple[Any, ...]
+    attributes: dict[str, Any]
+    shape: tuple[int, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """Raw pixels of an input, `real = scale * pixel + offset`."""
+
+    name: str
+    scale: float
+    offset: float
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """The output of a softmax on a tensor of the graph."""
+
+    tensor: str
+    shape: tuple[int, ...]
+
+
+def with_relu(value, limit, source):
+    """`clip(value, 0, limit)` of a pending value or a tensor."""
+    if isinstance(value, Moved):
+        return replace(value, parts=tuple(with_relu(p, limit, source) for p in value.parts))
+    if isinstance(value, (Linear, Sum, OnGrid)):
+        return replace(value, relu=limit if value.relu is None else min(limit, value.relu))
+    raise NotExportable(f"{source}: a ReLU cannot follow {type(value).__name__.lower()}")
+
+
+class Emitter:
+    """Collects tensors and operations; puts pending values on grids."""
+
+    def __init__(self, weights="int8"):
+        self.weights = weights
+        self.padded: dict[str, tuple[OnGrid, tuple]] = {}
+        self.images: dict[str, tuple[Image, OnGrid]] = {}
+        self.tensors: dict[str, ir.Tensor] = {}
+        self.ops: list[ir.Op] = []
+        self.done: dict[tuple, tuple[Any, OnGrid]] = {}
+
+    def name(self, wanted):
+        """`wanted`, or with a number where taken."""
+        name, n = wanted, 1
+        while name in self.tensors:
+            n += 1
+            name = f"{wanted}.{n}"
+        return name
+
+    def tensor(self, wanted, shape, grid, relu=None):
+        """A new int8 tensor on a grid: `(OnGrid, fused activation)`."""
+        box = container(grid, relu)
+        name = self.name(wanted)
+        self.tensors[name] = ir.Tensor(
+            name, tuple(shape), "int8", box.scale, box.zero_point, grid.bits
+        )
+        made = OnGrid(name, grid, self.tensors[name].scale / float(grid.scale), tuple(shape))
+        return made, box.activation
+
+    def put(self, value, grid, name) -> OnGrid:
+        """The tensor of `value` on `grid`; the same value on the same grid is computed once."""
+        if isinstance(value, OnGrid) and value.relu is None and value.grid.same_as(grid):
+            return value
+        key = (id(value), float(grid.scale), grid.lo, grid.hi)
+        if key not in self.done:
+            # The value is kept beside its result: an id is only unique while its object lives.
+            self.done[key] = (value, self._emit(value, grid, name))
+        return self.done[key][1]
+
+    def _emit(self, value, grid, name):
+        if isinstance(value, OnGrid):
+            return self._requantize(value, grid, name)
+        if isinstance(value, Linear):
+            return self._product(value, grid, name)
+        if isinstance(value, Sum):
+            return self._sum(value, grid, name)
+        if isinstance(value, Moved):
+            return self._move(value, grid, name)
+        if isinstance(value, Image):
+            return self._image(value, grid, name)
+        raise NotExportable(f"{name}: {type(value).__name__.lower()} cannot be put on a grid")
+
+    def _product(self, value, grid, name):
+        made, activation = self.tensor(name, value.shape, grid, value.relu)
+        kernel, scale, bias = integer_product(value, made, self.weights)
+        self.ops.append(
+            value.op(
+                (value.inputs.tensor,),
+                made.tensor,
+                value.source,
+                kernel=kernel,
+                kernel_scale=scale,
+                bias=bias,
+                kernel_bits=value.kernel_bits,
+                activation=activation,
+                **value.attributes,
+            )
+        )
+        return made
+
+    def _sum(self, value, grid, name):
+        made, activation = self.tensor(name, value.shape, grid, value.relu)
+        for part in (made, value.first, value.second):
+            if part.factor != 1.0 and not np.isclose(part.factor, 1.0, rtol=1e-6):
+                raise NotExportable(
+                    f"{value.source}: inputs and output of an addition must sit on 8-bit grids. "
+                    f"Got {part.grid.bits} bits at {part.tensor}; quantize_model puts them there"
+                )
+            if not 2.0**-10 <= float(part.grid.scale) / float(grid.scale) < 2.0**8:
+                raise NotExportable(
+                    f"{value.source}: the scale of {part.tensor} is "
+                    f"{float(part.grid.scale) / float(grid.scale):.3g} times that of the sum; "
+                    "the runtime adds exactly for ratios in [2^-10, 2^8). Calibrate on more images"
+                )
+        inputs = (value.first.tensor, value.second.tensor)
+        self.ops.append(ir.Add(inputs, made.tensor, value.source, activation=activation))
+        return made
+
+    def _requantize(self, value, grid, name):
+        """A depthwise 1x1 convolution of ones: any two grids, one rounding, one fused clip."""
+        return self._product(replace(identity(value, name), relu=value.relu), grid, name)
+
+    def _move(self, value, grid, name):
+        parts = [
+            self.put(part, grid, f"{name}_{i}" if len(value.parts) > 1 else f"{name}_source")
+            for i, part in enumerate(value.parts)
+        ]
+        written = {(self.tensors[p.tensor].scale, self.tensors[p.tensor].zero_point) for p in parts}
+        if len(written) > 1:
+            raise NotExportable(
+                f"{value.source}: its inputs end at different values (one behind a ReLU6?); "
+                "give their quantizers max_value=6, as quantize_model does"
+            )
+        wanted = self.name(name)
+        source = self.tensors[parts[0].tensor]
+        self.tensors[wanted] = replace(source, name=wanted, shape=tuple(value.shape))
+        inputs = tuple(part.tensor for part in parts)
+        self.ops.append(value.op(inputs, wanted, value.source, **value.attributes))
+        made = OnGrid(wanted, grid, parts[0].factor, tuple(value.shape))
+        if value.op is ir.Pad:
+            self.padded[wanted] = (parts[0], value.attributes["paddings"])
+        return made
+
+    def _image(self, value, grid, name):
+        """The int8 form of an input, written in units of what the model is given."""
+        wanted = self.name(f"{name}_int8")
+        scale = float(grid.scale) / value.scale
+        self.tensors[wanted] = ir.Tensor(
+            wanted, tuple(value.shape), "int8", scale, grid.zero_point, grid.bits
+        )
+        factor = self.tensors[wanted].scale / float(grid.scale)
+        made = OnGrid(wanted, grid, factor, tuple(value.shape))
+        self.images[value.name] = (value, made)
+        return made
+
+
+def identity(value: OnGrid, source: str) -> Linear:
+    """A product that computes its input: a depthwise 1x1 kernel of ones, or a unit matrix.
+
+    One is written as code 127, so that a bias added later is rounded to a fine unit.
+    """
+    channels = value.shape[-1]
+    spatial = len(value.shape) == 4
+    kernel = 127 * (np.ones((1, 1, channels, 1)) if spatial else np.eye(channels))
+    return Linear(
+        op=ir.DepthwiseConv2D if spatial else ir.FullyConnected,
+        inputs=value,
+        kernel=kernel.astype(np.int8),
+        kernel_scale=np.full(channels, 1 / 127),
+        bias=np.zeros(channels),
+        kernel_bits=8,
+        shape=value.shape,
+        source=source,
+        attributes={},
+    )
+
+
+def largest_code(op: type, kernel: np.ndarray, weights: str) -> int:
+    """The largest code that a kernel may be spread to, for a finer unit of its sums.
+
+    Dense and pointwise kernels stay within four bits, so that `weights="int4"` can store what
+    `"int8"` stores; others use eight, or four where `"int4_all"` wants them all small.
+    """
+    pointwise = op is ir.FullyConnected or (op is ir.Conv2D and kernel.shape[:2] == (1, 1))
+    return 7 if pointwise or weights == "int4_all" else 127
+
+
+def integer_product(value: Linear, made: OnGrid, weights: str = "int8"):
+    """`(kernel codes, written kernel scales, bias codes)` of a product.
+
+    Codes move to a finer unit where they do not fill their container (`code * k`, `scale / k`):
+    no product changes, and the bias is rounded to the finer unit. `k` depends on the layer's
+    kind and width only.
+
+    A channel without gain, or whose bias would not fit, gets zero codes and the output's unit.
+
+    Raises:
+        NotExportable: a multiplier of 256 or more: the output's scale is far too small.
+    """
+    largest = {1: 1, 2: 2, 3: 4}.get(value.kernel_bits, 2 ** (value.kernel_bits - 1) - 1)
+    unit = max(largest_code(value.op, value.kernel, weights) // largest, 1)
+    kernel = value.kernel.astype(np.int64) * unit
+    scale_in, scale_out = float(value.inputs.grid.scale), float(made.grid.scale)
+    scale = np.asarray(value.kernel_scale, np.float64) / unit
+    bias = np.asarray(value.bias, np.float64)
+    multiplier = scale_in * scale / scale_out
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        codes = np.abs(bias) / (scale_in * scale)
+    dead = (multiplier < SMALLEST_MULTIPLIER) | ~(codes < LARGEST_BIAS)
+    scale = np.where(dead, scale_out / scale_in, scale)
+    if value.op is ir.DepthwiseConv2D:
+        kernel = np.where(dead.reshape(kernel.shape[-2:]), 0, kernel)
+    else:
+        kernel = np.where(dead, 0, kernel)
+    multiplier = scale_in * scale / scale_out
+    if (multiplier >= LARGEST_MULTIPLIER).any():
+        raise NotExportable(
+            f"{value.source}: one unit of its sums is {multiplier.max():.3g} codes of its output; "
+            "the runtime takes less than 256. Calibrate on more images"
+        )
+    if not np.all(np.isfinite(bias)) or not np.all(np.isfinite(scale)):
+        raise NotExportable(f"{value.source}: NaN or infinite weights")
+    limit = 2.0**31 - 1
+    bias_codes = np.clip(np.rint(bias / (scale_in * scale)), -limit, limit).astype(np.int32)
+    written = scale * (made.factor / value.inputs.factor)
+    return kernel.astype(np.int8), written.astype(np.float32), bias_codes
+
+
+def kernel_codes(layer, kernel, quantizer):
+    """`(integer codes, true scales by output channel, bits)` as the trained layer computes them."""
+    if quantizer is None:
+        raise NotExportable(f"{layer.name}: its kernel has no quantizer, it would stay float")
+    codes, scale = quantizer.encode(ops.convert_to_tensor(kernel))
+    codes = np.rint(ops.convert_to_numpy(codes)).astype(np.int64)
+    channels = (
+        codes.shape[-1] * codes.shape[-2] if _is_depthwise(layer, kernel) else codes.shape[-1]
+    )
+    scale = np.asarray(ops.convert_to_numpy(scale), np.float64)
+    if not np.all(np.isfinite(scale)) or not np.all(scale > 0):
+        raise NotExportable(f"{layer.name}: kernel scales are not positive and finite")
+    return codes, np.broadcast_to(scale.reshape(-1), (channels,)).copy(), quantizer.bits
+
+
+def _is_depthwise(layer, kernel):
+    depthwise = getattr(layer, "depthwise_kernel", None)
+    return kernel is depthwise or type(layer).__name__ == "QuantizedDepthwiseConv2D"

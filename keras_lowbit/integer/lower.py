@@ -1,0 +1,487 @@
+"""From a quantized Keras model to the integer graph: what each kind of call becomes.
+
+A table of small functions, one a kind (`keras_lowbit.kinds`); `integer.emit` holds the values they
+pass around and the arithmetic of scales.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from keras import ops
+
+from keras_lowbit import layers, walk
+from keras_lowbit.integer import graph as ir
+from keras_lowbit.integer.emit import (
+    Emitter,
+    Image,
+    Linear,
+    Moved,
+    NotExportable,
+    OnGrid,
+    Probabilities,
+    Sum,
+    identity,
+    kernel_codes,
+    with_relu,
+)
+from keras_lowbit.kinds import activation_name, kind_of
+
+
+class Lowering:
+    """Values of a program's tensors while its calls are lowered one by one."""
+
+    def __init__(self, program, batch, weights, *, dry=False):
+        self.program = program
+        # A dry run looks for objections in a model that need not be calibrated yet.
+        self.dry = dry
+        self.batch = batch
+        self.emitter = Emitter(weights)
+        self.producers = program.producers()
+        self.values = {}
+        for ref, name in zip(program.inputs, program.input_names, strict=True):
+            self.values[ref.index] = Image(name, 1.0, 0.0, self.shape(ref))
+
+    def shape(self, ref):
+        """Static shape with the batch size."""
+        if any(n is None for n in ref.shape[1:]):
+            raise NotExportable(
+                f"A tensor has the dynamic shape {ref.shape}: files have fixed sizes. "
+                "Build the model with keras.Input of a full image size"
+            )
+        return (self.batch, *ref.shape[1:])
+
+    def run(self):
+        """Lower every call; values of the model's outputs."""
+        for call in self.program.calls:
+            self.values[walk.refs(call.outputs)[0].index] = self.lower(call)
+        return [self.values[ref.index] for ref in walk.refs(self.program.outputs)]
+
+    def lower(self, call):
+        """The value of a call's output."""
+        rule = RULES.get(kind_of(call))
+        if rule is None:
+            raise NotExportable(
+                f"{call.name} ({type(call.operation).__name__}) has no integer form. "
+                f"Kinds that have one: {', '.join(sorted(RULES))}"
+            )
+        return rule(self, call)
+
+    def objections(self) -> list[str]:
+        """All that stands against an integer graph; calls behind an objection are skipped."""
+        found = []
+        for call in self.program.calls:
+            if all(ref.index in self.values for ref in call.inputs[:1]):
+                try:
+                    self.values[walk.refs(call.outputs)[0].index] = self.lower(call)
+                except NotExportable as objection:
+                    found.append(str(objection))
+                except KeyError:
+                    # A later input lies behind an objection that is listed already.
+                    continue
+        return found
+
+    def read(self, call, position=0):
+        """The value of an input tensor of a call."""
+        return self.values[call.inputs[position].index]
+
+    def grid_tensor(self, call, position=0) -> OnGrid:
+        """An input that must sit on a grid."""
+        value = self.read(call, position)
+        if isinstance(value, OnGrid) and value.relu is None:
+            return value
+        raise NotExportable(
+            f"{call.name}: its input has no grid. quantize_model puts one there; in a model built "
+            "by hand, put a Quantize layer before it"
+        )
+
+    def tensor_name(self, ref):
+        """The name of the Keras layer that computes a tensor, grids aside."""
+        call = self.producers.get(ref.index)
+        while call is not None and kind_of(call) in ("quantize", "dequantize"):
+            ref = call.inputs[0]
+            call = self.producers.get(ref.index)
+        if call is None:
+            indices = [r.index for r in self.program.inputs]
+            return self.program.input_names[indices.index(ref.index)]
+        return call.name
+
+
+def _quantize(lowering, call):
+    quantizer = call.operation.quantizer
+    return _on_grid(lowering, call, lowering.read(call), quantizer)
+
+
+def _on_grid(lowering, call, value, quantizer):
+    if not lowering.dry and not float(ops.convert_to_numpy(quantizer.calibrated)):
+        raise NotExportable(
+            f"{call.name} is not calibrated. Run keras_lowbit.calibrate(model, images) first"
+        )
+    grid = quantizer.grid()
+    name = lowering.tensor_name(call.inputs[0])
+    if isinstance(value, Image):
+        offset = getattr(quantizer, "offset", 0.0)
+        value = replace(value, offset=value.offset - offset)
+    if isinstance(value, OnGrid):
+        name = f"{name}_a{grid.bits}"
+    return lowering.emitter.put(value, grid, name)
+
+
+def _dequantize(lowering, call):
+    return lowering.read(call)
+
+
+def _product(lowering, call):
+    layer = call.operation
+    if not isinstance(
+        layer,
+        (
+            layers.QuantizedConv2D,
+            layers.QuantizedDepthwiseConv2D,
+            layers.QuantizedSeparableConv2D,
+            layers.QuantizedDense,
+        ),
+    ):
+        raise NotExportable(f"{call.name} stayed float. Quantize it to export the model")
+    value = lowering.read(call)
+    if len(call.inputs) == 1:
+        if layer.input_quantizer is None:
+            raise NotExportable(f"{call.name}: neither its input nor the layer has a quantizer")
+        value = _on_grid(lowering, call, value, layer.input_quantizer)
+    if isinstance(layer, layers.QuantizedSeparableConv2D):
+        value = _separable(lowering, call, value)
+    else:
+        value = _linear(lowering, call, value, layer.kernel, layer.kernel_quantizer, layer.bias)
+    value = _activated(value, activation_name(layer), call)
+    if layer.output_quantizer is not None:
+        value = lowering.emitter.put(value, layer.output_quantizer.grid(), call.name)
+    return value
+
+
+def _separable(lowering, call, value):
+    layer = call.operation
+    if layer.between_quantizer is None:
+        raise NotExportable(f"{call.name}: between_quantizer=None leaves a float tensor inside")
+    spatial = _conv_shape(value.shape, layer, layer.depthwise_kernel.shape)
+    first = _linear(
+        lowering,
+        call,
+        value,
+        layer.depthwise_kernel,
+        layer.depthwise_quantizer,
+        None,
+        shape=(*spatial, value.shape[-1] * layer.depth_multiplier),
+    )
+    between = lowering.emitter.put(first, layer.between_quantizer.grid(), f"{call.name}/depthwise")
+    return _linear(
+        lowering,
+        call,
+        between,
+        layer.pointwise_kernel,
+        layer.pointwise_quantizer,
+        layer.bias,
+        pointwise=True,
+    )
+
+
+def _conv_shape(shape, layer, kernel_shape):
+    sizes = []
+    for n, k, s, d in zip(
+        shape[1:3], kernel_shape[:2], layer.strides, layer.dilation_rate, strict=True
+    ):
+        reach = (k - 1) * d + 1
+        sizes.append(-(-n // s) if layer.padding == "same" else (n - reach) // s + 1)
+    return (shape[0], *sizes)
+
+
+def _linear(lowering, call, value, kernel, quantizer, bias, *, shape=None, pointwise=False):
+    layer = call.operation
+    if not isinstance(value, OnGrid):
+        raise NotExportable(f"{call.name}: its input has no grid; put a Quantize layer before it")
+    codes, scale, bits = kernel_codes(layer, kernel, quantizer)
+    attributes = {}
+    if isinstance(layer, layers.QuantizedDense):
+        op = ir.FullyConnected
+    elif pointwise:
+        op = ir.Conv2D
+        attributes = {"padding": "VALID"}
+    else:
+        depthwise = len(codes.shape) == 4 and kernel is not getattr(layer, "pointwise_kernel", None)
+        depthwise = depthwise and not isinstance(layer, layers.QuantizedConv2D)
+        op = ir.DepthwiseConv2D if depthwise else ir.Conv2D
+        attributes = {
+            "strides": tuple(layer.strides),
+            "dilation": tuple(layer.dilation_rate),
+            "padding": layer.padding.upper(),
+        }
+        value, attributes = _without_padding(lowering, value, codes, attributes)
+    channels = len(scale)
+    return Linear(
+        op=op,
+        inputs=value,
+        kernel=codes,
+        kernel_scale=scale,
+        bias=np.zeros(channels) if bias is None else _numpy(bias),
+        kernel_bits=bits,
+        shape=shape or lowering.shape(call.output),
+        source=call.name,
+        attributes=attributes,
+    )
+
+
+def _without_padding(lowering, value, kernel, attributes):
+    """VALID behind a pad that SAME would have put there is SAME without the pad."""
+    known = lowering.emitter.padded.get(value.tensor)
+    if known is None or attributes["padding"] != "VALID":
+        return value, attributes
+    source, paddings = known
+    wanted = [(0, 0)]
+    for n, k, s, d in zip(
+        source.shape[1:3],
+        kernel.shape[:2],
+        attributes["strides"],
+        attributes["dilation"],
+        strict=True,
+    ):
+        total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+        wanted.append((total // 2, total - total // 2))
+    if tuple(paddings) == (*wanted, (0, 0)):
+        return source, {**attributes, "padding": "SAME"}
+    return value, attributes
+
+
+def _activated(value, name, call):
+    if name == "linear":
+        return value
+    if name in ("relu", "relu6"):
+        return with_relu(value, 6.0 if name == "relu6" else math.inf, call.name)
+    if name == "softmax":
+        return _softmax(value, call)
+    raise NotExportable(
+        f"{call.name}: activation {name!r} has no exact integer form. "
+        "Use relu, relu6, linear, or softmax at the end"
+    )
+
+
+def _activation(lowering, call):
+    name = activation_name(call.operation)
+    if name == "softmax":
+        value = lowering.grid_tensor(call)
+        wanted = lowering.emitter.name(call.name)
+        tensor = ir.Tensor(wanted, value.shape, "int8", 1 / 256, -128)
+        lowering.emitter.tensors[wanted] = tensor
+        lowering.emitter.ops.append(ir.Softmax((value.tensor,), wanted, call.name))
+        return Probabilities(wanted, value.shape)
+    return _activated(lowering.read(call), name, call)
+
+
+def _softmax(value, call):
+    raise NotExportable(
+        f"{call.name}: a softmax inside a layer has no grid before it; give the layer "
+        "activation=None, then Quantize, Dequantize and Softmax, as quantize_model does"
+    )
+
+
+def _batch_norm(lowering, call):
+    layer = call.operation
+    value = lowering.read(call)
+    if layer.axis not in (-1, len(call.output.shape) - 1):
+        raise NotExportable(f"{call.name}: batch norm must run over the last axis")
+    variance = _numpy(layer.moving_variance)
+    gain = 1.0 / np.sqrt(variance + layer.epsilon)
+    if layer.scale:
+        gain = gain * _numpy(layer.gamma)
+    shift = -_numpy(layer.moving_mean) * gain
+    if layer.center:
+        shift = shift + _numpy(layer.beta)
+    return _affine(value, gain, shift, call)
+
+
+def _normalization(lowering, call):
+    layer = call.operation
+    channels = call.output.shape[-1]
+    mean = np.broadcast_to(_numpy(layer.mean).reshape(-1), (channels,))
+    deviation = np.maximum(np.sqrt(_numpy(layer.variance).reshape(-1)), 1e-7)
+    gain = np.broadcast_to(1.0 / deviation, (channels,))
+    return _affine(lowering.read(call), gain, -mean * gain, call)
+
+
+def _affine(value, gain, shift, call):
+    if isinstance(value, OnGrid) and value.relu is None:
+        return identity(value, call.name).affine(gain, shift)
+    if isinstance(value, Linear) and value.relu is None:
+        return value.affine(gain, shift)
+    raise NotExportable(
+        f"{call.name}: a normalization must follow a quantized layer or a tensor on a grid; "
+        "put a Quantize and a Dequantize layer before it"
+    )
+
+
+def _rescaling(lowering, call):
+    value = lowering.read(call)
+    layer = call.operation
+    if not isinstance(value, Image):
+        raise NotExportable(f"{call.name}: Rescaling is supported at the model's input only")
+    scale = value.scale * float(layer.scale)
+    return Image(value.name, scale, value.offset * layer.scale + layer.offset, value.shape)
+
+
+def _add(lowering, call):
+    if len(call.inputs) != 2:
+        raise NotExportable(
+            f"{call.name}: expected two tensors to add. Got {len(call.inputs)}; "
+            "constants cannot be added"
+        )
+    first, second = lowering.grid_tensor(call, 0), lowering.grid_tensor(call, 1)
+    if first.shape != second.shape:
+        raise NotExportable(
+            f"{call.name}: only equal shapes are added. Got {first.shape} and {second.shape}"
+        )
+    return Sum(first, second, first.shape, call.name)
+
+
+def _moved(lowering, call, op, **attributes):
+    parts = tuple(lowering.values[r.index] for r in call.inputs)
+    shape = lowering.shape(call.output)
+    value = Moved(op, parts, attributes, shape, call.name)
+    if len(parts) == 1 and isinstance(parts[0], OnGrid) and parts[0].relu is None:
+        # Codes of a tensor on a grid stay on it.
+        return lowering.emitter.put(value, parts[0].grid, call.name)
+    return value
+
+
+def _concatenate(lowering, call):
+    rank = len(call.output.shape)
+    return _moved(lowering, call, ir.Concatenate, axis=call.operation.axis % rank)
+
+
+def _max_pool(lowering, call):
+    pool, strides, padding = _pool_attributes(call)
+    return _moved(lowering, call, ir.MaxPool2D, pool=pool, strides=strides, padding=padding)
+
+
+def _pool_attributes(call):
+    operation = call.operation
+    pool = operation.pool_size
+    pool = (pool, pool) if isinstance(pool, int) else tuple(pool)
+    strides = operation.strides
+    strides = pool if strides is None else strides
+    strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
+    return pool, strides, operation.padding.upper()
+
+
+def _average_pool(lowering, call):
+    pool, strides, padding = _pool_attributes(call)
+    value = lowering.grid_tensor(call)
+    exact = all(
+        (-(-n // s) - 1) * s + k <= n
+        for n, k, s in zip(value.shape[1:3], pool, strides, strict=True)
+    )
+    if padding == "SAME" and not exact:
+        # The runtime, like Keras, does not count padding: no kernel of ones can say that.
+        attributes = {"pool": pool, "strides": strides, "padding": padding}
+        shape = lowering.shape(call.output)
+        return Moved(ir.AveragePool2D, (value,), attributes, shape, call.name)
+    return _window_sum(lowering, call, value, pool, strides, lowering.shape(call.output))
+
+
+def _window_sum(lowering, call, value, pool, strides, shape):
+    """A mean as a depthwise convolution of ones: one rounding, straight to the output's grid."""
+    channels = value.shape[-1]
+    return Linear(
+        op=ir.DepthwiseConv2D,
+        inputs=value,
+        kernel=np.ones((*pool, channels, 1), np.int8),
+        kernel_scale=np.full(channels, 1.0 / math.prod(pool)),
+        bias=np.zeros(channels),
+        kernel_bits=8,
+        shape=shape,
+        source=call.name,
+        attributes={"strides": strides, "padding": "VALID"},
+    )
+
+
+def _global_average_pool(lowering, call):
+    value = lowering.grid_tensor(call)
+    operation = call.operation
+    axis = getattr(operation, "axis", (1, 2))
+    if len(value.shape) != 4 or tuple(a % 4 for a in np.atleast_1d(axis)) != (1, 2):
+        raise NotExportable(f"{call.name}: only a mean over height and width is supported")
+    pool = value.shape[1:3]
+    shape = (value.shape[0], 1, 1, value.shape[-1])
+    mean = _window_sum(lowering, call, value, pool, (1, 1), shape)
+    if operation.keepdims:
+        return mean
+    return Moved(ir.Reshape, (mean,), {}, (shape[0], shape[-1]), call.name)
+
+
+def _pad(lowering, call):
+    operation = call.operation
+    if hasattr(operation, "pad_width"):
+        widths = tuple((int(a), int(b)) for a, b in operation.pad_width)
+        constant = dict(call.kwargs).get("constant_values") or (call.args[1:] or (0,))[0]
+        if operation.mode != "constant" or constant not in (None, 0, 0.0):
+            raise NotExportable(f"{call.name}: only zero padding is supported")
+    else:
+        widths = ((0, 0), *(tuple(p) for p in operation.padding), (0, 0))
+    return _moved(lowering, call, ir.Pad, paddings=widths)
+
+
+def _reshape(lowering, call):
+    return _moved(lowering, call, ir.Reshape)
+
+
+def _same(lowering, call):
+    return lowering.read(call)
+
+
+def _strided_slice(lowering, call):
+    """`x[:, ::s, ::t, :]`: a depthwise 1x1 convolution of ones with strides."""
+    value = lowering.grid_tensor(call)
+    key = call.args[1] if len(call.args) > 1 else dict(call.kwargs).get("key")
+    strides = _slice_strides(key, len(value.shape))
+    if strides is None:
+        raise NotExportable(f"{call.name}: only x[:, ::s, ::t, :] is supported. Got {key}")
+    moved = replace(
+        identity(value, call.name),
+        shape=lowering.shape(call.output),
+        attributes={"strides": strides, "padding": "VALID"},
+    )
+    return lowering.emitter.put(moved, value.grid, call.name)
+
+
+def _slice_strides(key, rank):
+    parts = list(key) if isinstance(key, (tuple, list)) else [key]
+    parts = [p for p in parts if p is not Ellipsis]
+    if rank != 4 or not all(isinstance(p, slice) for p in parts):
+        return None
+    if any(p.start not in (None, 0) or p.stop is not None for p in parts):
+        return None
+    steps = [p.step or 1 for p in parts] + [1] * (4 - len(parts))
+    return (steps[1], steps[2]) if steps[0] == 1 and steps[3] == 1 else None
+
+
+def _numpy(variable):
+    return np.asarray(ops.convert_to_numpy(variable), np.float64)
+
+
+RULES = {
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+    "product": _product,
+    "activation": _activation,
+    "batch_norm": _batch_norm,
+    "normalization": _normalization,
+    "rescaling": _rescaling,
+    "add": _add,
+    "concatenate": _concatenate,
+    "max_pool": _max_pool,
+    "average_pool": _average_pool,
+    "global_average_pool": _global_average_pool,
+    "pad": _pad,
+    "reshape": _reshape,
+    "dropout": _same,
+    "strided_slice": _strided_slice,
+}

@@ -1,0 +1,71 @@
+"""Quantizers, one method a file, and the registry that finds them by name."""
+
+from __future__ import annotations
+
+import difflib
+
+import keras
+
+from keras_lowbit.quantizers.affine import Affine
+from keras_lowbit.quantizers.base import Quantizer
+from keras_lowbit.quantizers.dorefa import DoReFa
+from keras_lowbit.quantizers.lsq import LSQ
+from keras_lowbit.quantizers.minmax import MinMax
+from keras_lowbit.quantizers.mse import MSE
+from keras_lowbit.quantizers.pact import PACT
+from keras_lowbit.quantizers.percentile import Percentile
+
+__all__ = [
+    "LSQ",
+    "MSE",
+    "PACT",
+    "Affine",
+    "DoReFa",
+    "MinMax",
+    "Percentile",
+    "Quantizer",
+    "get",
+    "names",
+]
+
+_BY_NAME = {
+    "lsq": LSQ,
+    "minmax": MinMax,
+    "percentile": Percentile,
+    "mse": MSE,
+    "dorefa": DoReFa,
+    "pact": PACT,
+    "affine": Affine,
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names that `get` understands."""
+    return tuple(_BY_NAME)
+
+
+def get(identifier, **defaults):
+    """A quantizer from a name, a serialized config or an object; `None` stays `None`.
+
+    Args:
+        identifier: `None`, a name of `names()`, a config of `keras.saving`, or a `Quantizer`.
+        **defaults: constructor arguments used when `identifier` is a name.
+
+    Raises:
+        ValueError: unknown name (the nearest is suggested) or another type.
+    """
+    if identifier is None or isinstance(identifier, Quantizer):
+        return identifier
+    if isinstance(identifier, dict):
+        return keras.saving.deserialize_keras_object(identifier)
+    if isinstance(identifier, str):
+        key = identifier.lower()
+        if key in _BY_NAME:
+            return _BY_NAME[key](**defaults)
+        near = difflib.get_close_matches(key, _BY_NAME, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown quantizer {identifier!r}; known: {sorted(_BY_NAME)}.{hint}")
+    raise ValueError(
+        "A quantizer is given as None, a name, a config or a Quantizer object. "
+        f"Got {identifier!r} of type {type(identifier).__name__}"
+    )

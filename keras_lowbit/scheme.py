@@ -1,0 +1,134 @@
+"""Schemes: how many bits go where, from a short string or a mapping."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from keras_lowbit.numerics.grid import check_bits
+
+_SHORT = re.compile(r"w(?P<kernel>\d+|t)a(?P<activation>\d+)")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bits of one layer's kernel and input."""
+
+    kernel_bits: int
+    activation_bits: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "kernel_bits", check_bits(self.kernel_bits, who="kernel_bits"))
+        bits = check_bits(self.activation_bits, who="activation_bits")
+        object.__setattr__(self, "activation_bits", bits)
+        for name in ("kernel_bits", "activation_bits"):
+            if getattr(self, name) > 8:
+                raise ValueError(f"{name} must be from 1 to 8. Got {getattr(self, name)}")
+
+    @classmethod
+    def parse(cls, text: str) -> Widths:
+        """`"w4a8"` -> kernels at 4 bits, activations at 8."""
+        if not isinstance(text, str):
+            raise ValueError(f"Bits of a layer are a string such as 'w4a8', or None. Got {text!r}")
+        match = _SHORT.fullmatch(text.strip().lower())
+        if not match:
+            known = [f"w{w}a{a}" for w in (8, 6, 4, 3, 2, 1) for a in (8, 6, 4, 3, 2, 1)]
+            near = difflib.get_close_matches(text.lower(), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"Unknown scheme {text!r}: expected w<bits>a<bits> with 1 to 8 bits, "
+                f"such as 'w4a8'.{hint}"
+            )
+        if match["kernel"] == "t":
+            raise ValueError("Scheme 'wt...': ternary kernels are not available in this version")
+        return cls(int(match["kernel"]), int(match["activation"]))
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Which quantizer and how many bits go where.
+
+    Args:
+        kernel_bits: width of kernels' codes, 1..8.
+        activation_bits: width of the codes that quantized layers read, 1..8.
+        kernel: quantizer of kernels, a name.
+        activation: quantizer of activations, a name.
+        per_channel: one kernel scale for each output channel (one for the kernel if False).
+        ends_bits: width of the first and last layers' kernels and inputs; `None` treats them
+            like the others.
+        exceptions: layer-name pattern (`*` and `?` as in a shell) to `"w8a8"`, or to `None` for
+            a layer that stays float. The last pattern that matches wins.
+
+    Raises:
+        ValueError: bits out of range, an unknown key or a malformed string.
+    """
+
+    kernel_bits: int = 8
+    activation_bits: int = 8
+    kernel: str = "lsq"
+    activation: str = "lsq"
+    per_channel: bool = True
+    ends_bits: int | None = 8
+    exceptions: Mapping[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self):
+        Widths(self.kernel_bits, self.activation_bits)
+        if self.ends_bits is not None:
+            Widths(self.ends_bits, self.ends_bits)
+        for widths in self.exceptions.values():
+            if widths is not None:
+                Widths.parse(widths)
+
+    @classmethod
+    def of(cls, given) -> Scheme:
+        """A scheme from a `Scheme`, a string, or a mapping.
+
+        A mapping holds either fields of this class or layer-name patterns; the pattern `"*"`
+        gives the scheme of all layers that no other pattern names.
+        """
+        if isinstance(given, Scheme):
+            return given
+        if isinstance(given, str):
+            widths = Widths.parse(given)
+            return cls(widths.kernel_bits, widths.activation_bits)
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                "A scheme is a string such as 'w4a4', a Scheme, or a mapping by layer-name "
+                f"pattern. Got {given!r}"
+            )
+        fields = [f.name for f in dataclasses.fields(cls)]
+        odd = [key for key, v in given.items() if key != "*" and not isinstance(v, str | None)]
+        if odd or any(key in fields for key in given):
+            return cls._from_fields(given, fields)
+        rest = {key: value for key, value in given.items() if key != "*"}
+        base = cls.of(given.get("*", "w8a8"))
+        return dataclasses.replace(base, exceptions={**base.exceptions, **rest})
+
+    @classmethod
+    def _from_fields(cls, given, fields):
+        for key in given:
+            if key not in fields:
+                near = difflib.get_close_matches(str(key), fields, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"Scheme: unknown key {key!r}; expected one of {fields}.{hint}")
+        return cls(**given)
+
+    def widths(self, layer_name: str, *, is_end: bool) -> Widths | None:
+        """Bits of a layer, or `None` where it stays float."""
+        chosen: Widths | None = Widths(self.kernel_bits, self.activation_bits)
+        if is_end and self.ends_bits is not None:
+            chosen = Widths(self.ends_bits, self.ends_bits)
+        for pattern, widths in self.exceptions.items():
+            if fnmatch.fnmatchcase(layer_name, pattern):
+                chosen = None if widths is None else Widths.parse(widths)
+        return chosen
+
+    def unused_exceptions(self, layer_names) -> list[str]:
+        """Patterns that match none of `layer_names`."""
+        return [
+            p for p in self.exceptions if not any(fnmatch.fnmatchcase(n, p) for n in layer_names)
+        ]

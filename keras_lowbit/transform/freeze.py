@@ -1,0 +1,28 @@
+"""From a trained model to the one whose forward pass is the integer arithmetic."""
+
+from __future__ import annotations
+
+import keras
+
+from keras_lowbit.integer import frozen
+from keras_lowbit.integer.build import integer_graph
+
+
+def freeze(model, *, input_type=None, output_type="float32", weights="int8") -> keras.Model:
+    """The inference model: integer arithmetic in `keras.ops`, equal to the exported file.
+
+    Args:
+        model: a quantized, calibrated model.
+        input_type: as in `tflite_export.convert`.
+        output_type: as in `tflite_export.convert`.
+        weights: as in `tflite_export.convert`; it decides containers, and with `"int4_all"`
+            how finely biases are rounded.
+
+    Returns:
+        A Keras model that saves, loads and runs compiled on every backend; nothing in it trains.
+
+    Raises:
+        keras_lowbit.NotExportable: names the layer that has no integer form.
+    """
+    graph = integer_graph(model, input_type=input_type, output_type=output_type, weights=weights)
+    return frozen.build(graph)

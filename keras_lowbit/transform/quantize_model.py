@@ -1,0 +1,493 @@
+"""From a float Keras model to a quantized one: which tensors get a grid, and of how many bits.
+
+A grid belongs to a tensor. A tensor whose readers all ask for the same width gets one `Quantize`;
+a tensor that is added, pooled, normalized, or read at two widths is a *stream*: it sits on an
+8-bit grid, and a reader with fewer bits re-quantizes it. Calls that only move codes
+(`kinds.TRANSPARENT`) pass a grid on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lowbit import layers, quantizers, walk
+from keras_lowbit.kinds import TRANSPARENT, activation_name, kind_of
+from keras_lowbit.scheme import Scheme
+
+STREAM_BITS = 8
+_STREAM_READERS = frozenset({"add", "average_pool", "global_average_pool"})
+_EXPORTABLE_ACTIVATIONS = ("linear", "relu", "relu6")
+
+_QUANTIZED = {
+    keras.layers.Conv2D: layers.QuantizedConv2D,
+    keras.layers.DepthwiseConv2D: layers.QuantizedDepthwiseConv2D,
+    keras.layers.SeparableConv2D: layers.QuantizedSeparableConv2D,
+    keras.layers.Dense: layers.QuantizedDense,
+}
+
+
+def quantize_model(model, scheme="w8a8", *, input_range=None, name=None) -> keras.Model:
+    """A quantized copy of a functional, Sequential or nested model.
+
+    Kernels start on scales of least squared error; activations wait for `calibrate`. The model
+    given stays as it is.
+
+    Args:
+        model: float Keras model, channels last, with static image size.
+        scheme: `"w4a4"`, a `Scheme`, or a mapping of layer-name patterns
+            (`{"*": "w4a4", "head": "w8a8", "attention*": None}`; `None` stays float).
+        input_range: reals of pixel 0 and pixel 255 when images arrive preprocessed, such as
+            `(-1, 1)`: every pixel value then keeps a code of its own. A model that starts with
+            `Rescaling` needs none; without either, `calibrate` takes the range from its images.
+        name: name of the new model.
+
+    Returns:
+        A functional model; `keras_lowbit.summary` lists what stayed float, and why.
+
+    Raises:
+        ValueError: unknown scheme or key, a model without a graph, nothing to quantize,
+            an exception pattern that matches no layer.
+    """
+    program = walk.flatten(model)
+    scheme = Scheme.of(scheme)
+    _check(program, scheme, model.name)
+    builder = _Builder(program, scheme, input_range)
+    return builder.build(name or f"{model.name}_quantized")
+
+
+def _check(program, scheme, model_name):
+    names = [call.name for call in program.calls if kind_of(call) == "product"]
+    if any(kind_of(call) == "quantize" for call in program.calls):
+        raise ValueError(f"{model_name} is quantized already. Pass the float model.")
+    if not names:
+        raise ValueError(
+            f"{model_name} has no layer to quantize: expected Conv2D, DepthwiseConv2D, "
+            "SeparableConv2D or Dense."
+        )
+    unused = scheme.unused_exceptions(names)
+    if unused:
+        raise ValueError(f"Scheme patterns {unused} match no layer. Layers: {names}")
+
+
+@dataclass
+class _Entry:
+    """A tensor of the new model: reals, or a pair of codes and scale with its width."""
+
+    values: Any = None
+    pair: Any = None
+    bits: int | None = None
+    made: dict = field(default_factory=dict)
+
+
+class _Builder:
+    """Rebuilds a program call by call, putting grids where readers ask for them."""
+
+    def __init__(self, program, scheme, input_range):
+        self.program = program
+        self.scheme = scheme
+        self.input_range = input_range
+        self.readers = program.readers()
+        self.producers = program.producers()
+        self.output_refs = walk.refs(program.outputs)
+        self.entries: dict[int, _Entry] = {}
+        self.clones: dict[int, Any] = {}
+        self.names: set[str] = set()
+
+    def build(self, name):
+        inputs = []
+        for ref, input_name in zip(self.program.inputs, self.program.input_names, strict=True):
+            tensor = keras.Input(ref.shape[1:], dtype=ref.dtype, name=input_name)
+            inputs.append(tensor)
+            self.entries[ref.index] = _Entry(values=tensor)
+        for call in self.program.calls:
+            self._call(call)
+        outputs = keras.tree.map_structure(
+            lambda r: self._output(r) if isinstance(r, walk.Ref) else r, self.program.outputs
+        )
+        return keras.Model(inputs if len(inputs) > 1 else inputs[0], outputs, name=_plain(name))
+
+    # --- one call -----------------------------------------------------------------------------
+
+    def _call(self, call):
+        kind = kind_of(call)
+        if kind == "product":
+            entry = self._product(call)
+        elif kind == "add":
+            entry = _Entry(values=self._add(call))
+        elif kind in TRANSPARENT and self._on_grid(call.inputs[0]):
+            source = self.entries[call.inputs[0].index]
+            codes = self._clone(call, {call.inputs[0].index: source.pair[0]})
+            entry = _Entry(pair=(codes, source.pair[1]), bits=source.bits)
+        elif kind == "activation" and "softmax" in activation_name(call.operation):
+            read = {r.index: self._logits(r) for r in call.inputs}
+            entry = _Entry(values=self._clone(call, read))
+        else:
+            read = {r.index: self._values(r) for r in call.inputs}
+            made = self._clone(call, read)
+            flat = keras.tree.flatten(made)
+            for ref, tensor in zip(walk.refs(call.outputs), flat, strict=True):
+                self.entries[ref.index] = _Entry(values=tensor)
+            return
+        self.entries[call.output.index] = entry
+
+    def _product(self, call):
+        ref = call.inputs[0]
+        widths = self._widths(call)
+        if widths is None:
+            return _Entry(values=self._clone(call, {ref.index: self._values(ref)}))
+        pair = self._grid(ref, widths.activation_bits)
+        offset = self._offset_of(ref)
+        layer, activation, fresh = self._quantized_layer(call, widths, needs_bias=bool(offset))
+        outputs = layer(pair)
+        if fresh:
+            _copy_weights(call.operation, layer)
+            if offset:
+                _absorb_offset(layer, offset)
+            fit_kernels(layer)
+        if activation is not None:
+            self.entries[call.output.index] = _Entry(values=outputs)
+            quantized = self._quantize(
+                call.output, outputs, STREAM_BITS, name=layer.name, signed=True
+            )
+            outputs = activation(self._dequantized(quantized, layer.name))
+        return _Entry(values=outputs)
+
+    def _add(self, call):
+        tensors = [self._values(r) for r in call.inputs]
+        if len(tensors) != 2:
+            # The runtime adds two at a time; each partial sum needs its own grid.
+            total = tensors[0]
+            for i, other in enumerate(tensors[1:], 1):
+                total = keras.layers.Add(name=self._name(f"{call.name}_{i}"))([total, other])
+                if i < len(tensors) - 1:
+                    step = layers.Quantize(bits=STREAM_BITS, name=self._name(f"{call.name}_{i}_q"))
+                    total = self._dequantized(step(total), f"{call.name}_{i}")
+            return total
+        if isinstance(call.operation, keras.layers.Layer):
+            return keras.layers.Add(name=self._name(call.name))(tensors)
+        return ops.add(*tensors)
+
+    # --- reading tensors ----------------------------------------------------------------------
+
+    def _on_grid(self, ref):
+        entry = self.entries[ref.index]
+        if entry.pair is None and self._needs_stream(ref):
+            quantized = self._quantize(ref, entry.values, STREAM_BITS)
+            entry.pair, entry.bits, entry.values = quantized, STREAM_BITS, None
+        return entry.pair is not None
+
+    def _values(self, ref):
+        entry = self.entries[ref.index]
+        if self._on_grid(ref) and entry.values is None:
+            entry.values = self._dequantized(entry.pair, self._tensor_name(ref))
+        return entry.values
+
+    def _grid(self, ref, bits):
+        entry = self.entries[ref.index]
+        if self._is_image(ref):
+            bits = 8
+        if self._on_grid(ref) and entry.bits == bits:
+            return entry.pair
+        if bits not in entry.made:
+            entry.made[bits] = self._quantize(ref, self._values(ref), bits)
+        return entry.made[bits]
+
+    def _logits(self, ref):
+        return self._dequantized(self._grid(ref, STREAM_BITS), self._tensor_name(ref))
+
+    def _output(self, ref):
+        producer = self.producers.get(ref.index)
+        name = None if producer is None else activation_name(producer.operation)
+        if name is not None and "softmax" in name:
+            return self._values(ref)
+        if not any(kind_of(c) == "product" for c in self._ancestors(ref)):
+            return self._values(ref)
+        return self._logits(ref)
+
+    def _needs_stream(self, ref):
+        if self._is_image(ref):
+            return not all(self._passes_image(c) for c in self.readers.get(ref.index, []))
+        wants = {self._want(c, ref) for c in self.readers.get(ref.index, [])}
+        if ref in self.output_refs:
+            wants.add(STREAM_BITS)
+        count = len(self.readers.get(ref.index, [])) + (ref in self.output_refs)
+        if "stream" in wants or len(wants) > 1 or (wants == {"pass"} and count > 1):
+            return True
+        # A sum sits on 8 bits before anything but its own activation touches it.
+        return bool(wants) and self._root_is_add(ref) and not self._is_activated(ref)
+
+    def _is_activated(self, ref):
+        readers = self.readers.get(ref.index, [])
+        return [kind_of(c) for c in readers] == ["activation"]
+
+    def _want(self, call, ref):
+        kind = kind_of(call)
+        if kind == "product":
+            widths = self._widths(call)
+            return "pass" if widths is None else widths.activation_bits
+        if kind in _STREAM_READERS:
+            return "stream"
+        if kind == "batch_norm" and not self._follows_product(ref):
+            return "stream"
+        if kind == "activation" and "softmax" in activation_name(call.operation):
+            return STREAM_BITS
+        return "pass"
+
+    # --- looking at the float model -----------------------------------------------------------
+
+    def _walk_back(self, ref, kinds):
+        """The first producer behind `ref` whose kind is not in `kinds`; `None` at an input."""
+        call = self.producers.get(ref.index)
+        while call is not None and kind_of(call) in kinds:
+            call = self.producers.get(call.inputs[0].index)
+        return call
+
+    def _follows_product(self, ref):
+        call = self._walk_back(ref, {"batch_norm", "dropout"})
+        single = len(self.readers.get(ref.index, [])) == 1
+        return (
+            call is not None
+            and single
+            and kind_of(call) == "product"
+            and self._widths(call) is not None
+            and activation_name(call.operation) == "linear"
+        )
+
+    def _root_is_add(self, ref):
+        call = self._walk_back(ref, {"activation"})
+        return call is not None and kind_of(call) == "add"
+
+    def _is_image(self, ref):
+        """Whether `ref` is a model input, moved about or rescaled by one number at most."""
+        return self._walk_back(ref, TRANSPARENT | {"rescaling"}) is None
+
+    @staticmethod
+    def _passes_image(call):
+        return kind_of(call) == "rescaling"
+
+    def _ancestors(self, ref):
+        seen, stack = set(), [ref]
+        while stack:
+            call = self.producers.get(stack.pop().index)
+            if call is not None and id(call) not in seen:
+                seen.add(id(call))
+                yield call
+                stack.extend(call.inputs)
+
+    def _widths(self, call):
+        return self.scheme.widths(call.name, is_end=call.name in self._ends)
+
+    @property
+    def _ends(self):
+        if not hasattr(self, "_end_names"):
+            first = {
+                c.name
+                for c in self.program.calls
+                if kind_of(c) == "product"
+                and not any(kind_of(a) == "product" for a in self._ancestors(c.inputs[0]))
+            }
+            last = set()
+            for ref in self.output_refs:
+                last |= self._nearest_products(ref)
+            self._end_names = first | last
+        return self._end_names
+
+    def _nearest_products(self, ref):
+        found, stack = set(), [ref]
+        while stack:
+            call = self.producers.get(stack.pop().index)
+            if call is None:
+                continue
+            if kind_of(call) == "product":
+                found.add(call.name)
+            else:
+                stack.extend(call.inputs)
+        return found
+
+    def _sign_and_limit(self, ref):
+        """Whether a tensor has no negative values, and the largest it can take (or `None`)."""
+        call = self.producers.get(ref.index)
+        if call is None:
+            return False, None
+        kind = kind_of(call)
+        if kind in ("activation", "product"):
+            name = activation_name(call.operation)
+            if name == "linear" and kind == "activation":
+                return self._sign_and_limit(call.inputs[0])
+            return name in ("relu", "relu6", "softmax", "sigmoid"), 6.0 if name == "relu6" else None
+        if kind in TRANSPARENT | {"average_pool", "global_average_pool"}:
+            return self._sign_and_limit(call.inputs[0])
+        if kind in ("add", "concatenate"):
+            known = [self._sign_and_limit(r) for r in call.inputs]
+            limits = [limit for _, limit in known]
+            common = kind == "concatenate" and len(set(limits)) == 1
+            return all(sign for sign, _ in known), limits[0] if common else None
+        return False, None
+
+    # --- making layers ------------------------------------------------------------------------
+
+    def _name(self, text):
+        name, plain, n = _plain(text), _plain(text), 1
+        while name in self.names:
+            n += 1
+            name = f"{plain}_{n}"
+        self.names.add(name)
+        return name
+
+    def _tensor_name(self, ref):
+        call = self.producers.get(ref.index)
+        if call is None:
+            index = [r.index for r in self.program.inputs].index(ref.index)
+            return self.program.input_names[index]
+        return call.name
+
+    def _quantize(self, ref, values, bits, name=None, signed=None):
+        name = self._name(f"{name or self._tensor_name(ref)}_quantize")
+        if self._is_image(ref):
+            quantizer = self._image_quantizer(ref)
+        else:
+            nonnegative, limit = self._sign_and_limit(ref)
+            options = {"max_value": limit} if self.scheme.activation == "lsq" else {}
+            quantizer = quantizers.get(
+                self.scheme.activation,
+                bits=bits,
+                signed=not nonnegative if signed is None else signed,
+                role="activation",
+                **options,
+            )
+        return layers.Quantize(quantizer, name=name)(values)
+
+    def _image_quantizer(self, ref):
+        """The grid on which 256 pixel values stay 256 codes, where the range is known."""
+        call = self._walk_back(ref, TRANSPARENT)
+        if call is not None:
+            if self._walk_back(call.inputs[0], TRANSPARENT) is not None:
+                raise ValueError(f"{call.name}: only one Rescaling can stand at the input")
+            scale, offset = call.operation.scale, call.operation.offset
+            if np.ndim(scale) or np.ndim(offset):
+                raise ValueError(
+                    f"{call.name}: Rescaling by channel cannot become an input grid. "
+                    "Use Normalization for that, or one number."
+                )
+        elif self.input_range is not None:
+            bottom, top = self.input_range
+            if not top > bottom:
+                raise ValueError(f"input_range must rise. Got {self.input_range}")
+            scale, offset = (top - bottom) / 255.0, bottom
+        else:
+            return quantizers.Affine(8)
+        lo = int(np.clip(np.rint(offset / scale), -255, 0))
+        return quantizers.Affine(8, scale=scale, lo=lo, offset=offset - scale * lo)
+
+    def _offset_of(self, ref):
+        quantizer = self._image_quantizer(ref) if self._is_image(ref) else None
+        return 0.0 if quantizer is None else quantizer.offset
+
+    def _dequantized(self, pair, name):
+        return layers.Dequantize(name=self._name(f"{name}_dequantize"))(pair)
+
+    def _clone(self, call, read):
+        operation = self.clones.get(id(call.operation))
+        original = call.operation
+        if operation is None:
+            config = original.get_config()
+            if isinstance(original, keras.layers.Layer):
+                config["name"] = self._name(call.name)
+            operation = type(original).from_config(config)
+            self.clones[id(original)] = operation
+        results = operation(
+            *walk.substitute(call.args, read), **walk.substitute(dict(call.kwargs), read)
+        )
+        if isinstance(original, keras.layers.Layer) and original.weights:
+            operation.set_weights(original.get_weights())
+        return results
+
+    def _quantized_layer(self, call, widths, needs_bias):
+        """`(layer, activation to apply after the logits' grid or None, whether it is new)`."""
+        known = self.clones.get(id(call.operation))
+        if known is not None:
+            return (*known, False)
+        original = call.operation
+        config = original.get_config()
+        config["name"] = self._name(call.name)
+        config["use_bias"] = config["use_bias"] or needs_bias
+        name = activation_name(original)
+        after = None
+        if name not in _EXPORTABLE_ACTIVATIONS:
+            config["activation"] = None
+            after = keras.layers.Activation(
+                original.activation, name=self._name(f"{call.name}_{name}")
+            )
+        for key in ("kernel_regularizer", "depthwise_regularizer", "dtype"):
+            if config.get(key) is None:
+                config.pop(key, None)
+        config.pop("dtype", None)
+        layer = _QUANTIZED[type(original)].from_config(
+            {**config, **self._kernel_quantizers(type(original), widths)}
+        )
+        self.clones[id(original)] = (layer, after)
+        return layer, after, True
+
+    def _kernel_quantizers(self, cls, widths):
+        def make(axis):
+            axis = axis if self.scheme.per_channel else None
+            return quantizers.get(
+                self.scheme.kernel, bits=widths.kernel_bits, role="kernel", axis=axis
+            )
+
+        if cls is keras.layers.SeparableConv2D:
+            between = quantizers.get(
+                self.scheme.activation, bits=widths.activation_bits, role="activation"
+            )
+            return {
+                "depthwise_quantizer": make((-2, -1)),
+                "pointwise_quantizer": make(-1),
+                "between_quantizer": between,
+            }
+        return {"kernel_quantizer": make((-2, -1) if cls is keras.layers.DepthwiseConv2D else -1)}
+
+
+def _plain(name):
+    return name.replace("/", "_").replace(":", "_")
+
+
+def kernels_of(layer):
+    """`[(latent kernel variable, its quantizer)]` of a quantized layer."""
+    if isinstance(layer, layers.QuantizedSeparableConv2D):
+        return [
+            (layer.depthwise_kernel, layer.depthwise_quantizer),
+            (layer.pointwise_kernel, layer.pointwise_quantizer),
+        ]
+    return [(layer.kernel, layer.kernel_quantizer)]
+
+
+def fit_kernels(layer, method="mse"):
+    """Set a quantized layer's kernel scales from its latent kernels."""
+    for kernel, quantizer in kernels_of(layer):
+        if quantizer is not None:
+            quantizer.fit_scale(ops.convert_to_numpy(kernel), method)
+
+
+def _copy_weights(original, layer):
+    if isinstance(layer, layers.QuantizedSeparableConv2D):
+        layer.depthwise_kernel.assign(original.depthwise_kernel)
+        layer.pointwise_kernel.assign(original.pointwise_kernel)
+    else:
+        layer.kernel.assign(original.kernel)
+    if original.use_bias:
+        layer.bias.assign(original.bias)
+
+
+def _absorb_offset(layer, offset):
+    """Put `offset * sum(kernel)` into the bias, for codes that stand for `x - offset`."""
+    kernel = ops.convert_to_numpy(layer.kernel)
+    if isinstance(layer, layers.QuantizedDepthwiseConv2D):
+        total = kernel.sum(axis=(0, 1)).reshape(-1)
+    else:
+        total = kernel.reshape(-1, kernel.shape[-1]).sum(axis=0)
+    layer.bias.assign(ops.convert_to_numpy(layer.bias) + np.float32(offset) * total)

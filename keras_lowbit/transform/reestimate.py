@@ -1,0 +1,129 @@
+"""Moving statistics of batch norms, computed instead of averaged along the way."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lowbit import walk
+from keras_lowbit.progress import track
+from keras_lowbit.transform.calibrate import checked_batches
+
+
+def reestimate_batchnorm(model, data, *, steps=None, batch_size=32) -> keras.Model:
+    """Set moving means and variances of batch norms from data, in place.
+
+        moving_mean = mean over batches of mean(batch)
+        moving_variance = mean over batches of variance(batch)       (of N, not of N - 1)
+
+    Every batch weighs the same; sums are kept in float64, so the result is exact to a float32
+    rounding. Batch norms normalize with the batch, as in training; everything else (dropout)
+    is in inference mode. Batch norms with `trainable=False`, or called with `training=False`, keep
+    what they have. A model without batch norms comes back as it is.
+
+    Args:
+        model: functional or Sequential Keras model.
+        data: array `(n, ...)`, list of arrays for several inputs, a `keras.utils.PyDataset`, or an
+            iterable of batches, with or without targets.
+        steps: batches to use, the first ones; `None` for all.
+        batch_size: images at a time, for arrays.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: no data, NaN, shapes that are not the model's, `steps` below 1. The model is
+            then as it was.
+    """
+    if steps is not None and steps < 1:
+        raise ValueError(f"reestimate_batchnorm: steps must be 1 or more, or None. Got {steps}")
+    program = walk.flatten(model)
+    norms = {id(c.operation): c.operation for c in program.calls if _learns_statistics(c)}
+    if not norms:
+        return model
+    batches = checked_batches(program, _first(data, steps, batch_size), batch_size)
+    sums = {key: _Sums() for key in norms}
+
+    def execute(call, args, kwargs):
+        if id(call.operation) not in norms or kwargs.get("training") is False:
+            return call.operation(*args, **kwargs)
+        outputs = call.operation(*args, **{**kwargs, "training": True})
+        sums[id(call.operation)].add(call.operation)
+        return outputs
+
+    with _showing_batches(norms.values()):
+        for batch in track(batches, "re-estimate batch norms"):
+            feeds = [
+                ops.convert_to_tensor(a.astype(ref.dtype))
+                for a, ref in zip(batch, program.inputs, strict=True)
+            ]
+            walk.run(program, feeds, execute)
+        means = {key: total.means() for key, total in sums.items()}
+    for key, norm in norms.items():
+        mean, variance = means[key]
+        norm.moving_mean.assign(mean)
+        norm.moving_variance.assign(variance)
+    return model
+
+
+def _learns_statistics(call):
+    norm = isinstance(call.operation, keras.layers.BatchNormalization)
+    return norm and call.operation.trainable and call.kwargs.get("training") is not False
+
+
+def _first(data, steps, batch_size):
+    """The first `steps` batches of `data`, in the form it came in."""
+    if hasattr(data, "shape"):
+        return data if steps is None else data[: steps * batch_size]
+    if isinstance(data, (list, tuple)) and all(hasattr(x, "shape") for x in data):
+        return data if steps is None else [x[: steps * batch_size] for x in data]
+    if isinstance(data, keras.utils.PyDataset):
+        # Their `__getitem__` need not raise at the end, so iterating might never stop.
+        return (data[i] for i in range(len(data))[:steps])
+    return itertools.islice(data, steps)
+
+
+@contextlib.contextmanager
+def _showing_batches(norms):
+    """Inside the block a call in training mode leaves the batch's own statistics in the layer."""
+    saved = [
+        (
+            n,
+            n.momentum,
+            ops.convert_to_numpy(n.moving_mean),
+            ops.convert_to_numpy(n.moving_variance),
+        )
+        for n in norms
+    ]
+    saved = [(n, m, np.array(mean), np.array(variance)) for n, m, mean, variance in saved]
+    try:
+        for norm, _, mean, variance in saved:
+            norm.momentum = 0.0
+            # Zero times NaN is NaN: broken statistics must not reach the new ones.
+            norm.moving_mean.assign(np.zeros_like(mean))
+            norm.moving_variance.assign(np.zeros_like(variance))
+        yield
+    finally:
+        for norm, momentum, mean, variance in saved:
+            norm.momentum = momentum
+            norm.moving_mean.assign(mean)
+            norm.moving_variance.assign(variance)
+
+
+class _Sums:
+    """Running sums of one layer's batch statistics; a shared layer adds once a call."""
+
+    def __init__(self):
+        self.count, self.mean, self.variance = 0, 0.0, 0.0
+
+    def add(self, norm):
+        self.count += 1
+        self.mean = self.mean + np.float64(ops.convert_to_numpy(norm.moving_mean))
+        self.variance = self.variance + np.float64(ops.convert_to_numpy(norm.moving_variance))
+
+    def means(self):
+        return np.float32(self.mean / self.count), np.float32(self.variance / self.count)

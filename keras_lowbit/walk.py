@@ -1,0 +1,172 @@
+"""Reading a Keras model as a list of calls: the only file that knows Keras' graph internals.
+
+Functional, Sequential and nested models come out as one flat list, in execution order, with
+`keras.ops` calls (`ops.add`, `x[:, ::2]`, `ops.pad`) beside layer calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor of the flattened model: `index` is unique, `shape` has `None` for the batch."""
+
+    index: int
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer or operation.
+
+    Args:
+        operation: the Keras layer or operation object.
+        name: its name, with those of the models around it in front (`backbone/conv1`).
+        args: positional arguments with `Ref` in place of tensors.
+        kwargs: keyword arguments likewise.
+        outputs: the result's structure with `Ref`.
+    """
+
+    operation: Any
+    name: str
+    args: tuple
+    kwargs: Mapping[str, Any]
+    outputs: Any
+
+    @property
+    def inputs(self) -> list[Ref]:
+        """Tensors that the call reads, in order."""
+        return refs((self.args, dict(self.kwargs)))
+
+    @property
+    def output(self) -> Ref:
+        """The single output; `ValueError` if there are several."""
+        found = refs(self.outputs)
+        if len(found) != 1:
+            raise ValueError(f"{self.name}: expected one output. Got {len(found)}")
+        return found[0]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A flattened model."""
+
+    calls: tuple[Call, ...]
+    inputs: tuple[Ref, ...]
+    input_names: tuple[str, ...]
+    outputs: Any
+
+    def readers(self) -> dict[int, list[Call]]:
+        """Calls that read each tensor, by the tensor's index; a call counts once."""
+        found: dict[int, list[Call]] = {}
+        for call in self.calls:
+            for index in dict.fromkeys(ref.index for ref in call.inputs):
+                found.setdefault(index, []).append(call)
+        return found
+
+    def producers(self) -> dict[int, Call]:
+        """The call that computes each tensor; model inputs have none."""
+        return {ref.index: call for call in self.calls for ref in refs(call.outputs)}
+
+
+def refs(structure) -> list[Ref]:
+    """All `Ref` in a nested structure."""
+    return [leaf for leaf in keras.tree.flatten(structure) if isinstance(leaf, Ref)]
+
+
+def substitute(structure, values: Mapping[int, Any]):
+    """`structure` with every `Ref` replaced by its value."""
+    return keras.tree.map_structure(
+        lambda leaf: values[leaf.index] if isinstance(leaf, Ref) else leaf, structure
+    )
+
+
+def _functional(model):
+    """The Functional graph of a model, or `None` for a plain layer."""
+    if isinstance(model, keras.Sequential):
+        if not model.built:
+            raise ValueError(
+                f"{model.name}: the Sequential model has no input shape yet. "
+                "Add a keras.Input first, or call model.build(shape)."
+            )
+        return model._functional
+    return model if hasattr(model, "_nodes_by_depth") else None
+
+
+def flatten(model: keras.Model) -> Program:
+    """The calls of `model` in execution order, nested models opened.
+
+    Raises:
+        ValueError: subclassed models (no graph to read) and unbuilt Sequential ones.
+    """
+    graph = _functional(model)
+    if graph is None:
+        raise ValueError(
+            f"{model.name} ({type(model).__name__}) has no graph to read: only functional and "
+            "Sequential models can be transformed. Build it with keras.Model(inputs, outputs)."
+        )
+    calls: list[Call] = []
+    counter = iter(range(10**9))
+
+    def fresh(tensor):
+        return Ref(next(counter), tuple(tensor.shape), str(tensor.dtype))
+
+    def visit(graph, known: dict[int, Ref], prefix: str):
+        for depth in sorted(graph._nodes_by_depth, reverse=True):
+            for node in graph._nodes_by_depth[depth]:
+                if node.is_input:
+                    continue
+                args, kwargs = (
+                    _refer(node.arguments.args, known),
+                    _refer(node.arguments.kwargs, known),
+                )
+                inner = _functional(node.operation)
+                if inner is None:
+                    made = keras.tree.map_structure(fresh, node.outputs)
+                    calls.append(
+                        Call(node.operation, prefix + node.operation.name, args, kwargs, made)
+                    )
+                else:
+                    fed = refs((args, kwargs))
+                    inside = {id(t): r for t, r in zip(inner.inputs, fed, strict=True)}
+                    visit(inner, inside, f"{prefix}{node.operation.name}/")
+                    made = [inside[id(t)] for t in inner.outputs]
+                outs = keras.tree.flatten(node.outputs)
+                for tensor, ref in zip(outs, refs(made), strict=True):
+                    known[id(tensor)] = ref
+
+    known = {id(t): fresh(t) for t in graph.inputs}
+    inputs = tuple(known[id(t)] for t in graph.inputs)
+    names = tuple(t.name for t in graph.inputs)
+    visit(graph, known, "")
+    outputs = keras.tree.map_structure(lambda t: known[id(t)], graph.output)
+    return Program(tuple(calls), inputs, names, outputs)
+
+
+def _refer(structure, known: Mapping[int, Ref]):
+    return keras.tree.map_structure(
+        lambda leaf: known[id(leaf)] if isinstance(leaf, keras.KerasTensor) else leaf, structure
+    )
+
+
+def run(
+    program: Program, feeds: Iterable[Any], execute: Callable[[Call, tuple, dict], Any]
+) -> dict[int, Any]:
+    """Interpret a program: `execute(call, args, kwargs)` for each call, values by tensor index."""
+    values = dict(zip((ref.index for ref in program.inputs), feeds, strict=True))
+    for call in program.calls:
+        results = execute(
+            call, substitute(call.args, values), substitute(dict(call.kwargs), values)
+        )
+        made = refs(call.outputs)
+        flat = [results] if len(made) == 1 else keras.tree.flatten(results)
+        for ref, value in zip(made, flat, strict=True):
+            values[ref.index] = value
+    return values

@@ -1,0 +1,1 @@
+"""Float architectures that Keras does not have, one family a file."""

@@ -1,0 +1,91 @@
+"""What every test shares: a fixed seed, fresh layer names, golden texts, quiet logs."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+# Before any backend is imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # full float32 products where there is a GPU
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; each with a thread pool as wide as the machine is slower.
+    for _name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+        os.environ.setdefault(_name, "1")
+
+import pytest
+
+try:
+    import hypothesis
+except ImportError:  # only the property tests need it, and they say so themselves
+    pass
+else:
+    hypothesis.settings.register_profile(
+        "repeatable", deadline=None, derandomize=True, database=None
+    )
+    hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--update-golden", action="store_true", help="write golden texts instead of comparing"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if importlib.util.find_spec("ai_edge_litert") is not None:
+        return
+    skip = pytest.mark.skip(reason="needs ai-edge-litert: pip install keras-lowbit[tflite]")
+    for item in items:
+        if "runtime" in item.keywords:
+            item.add_marker(skip)
+
+
+def pytest_report_header():
+    import keras
+
+    return f"keras {keras.__version__} on {keras.backend.backend()}"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras():
+    """Each test starts with the same seed and with layer names that count from zero."""
+    import keras
+
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def backend():
+    """Name of the Keras backend that the tests run on."""
+    import keras
+
+    return keras.backend.backend()
+
+
+@pytest.fixture
+def golden(request):
+    """Compare a text with `golden/<name>.txt` beside the test: `golden("name", text)`.
+
+    `pytest --update-golden` writes the file; look at the difference before you commit it.
+    """
+    folder = Path(request.path).parent / "golden"
+    update = request.config.getoption("--update-golden")
+
+    def compare(name, text):
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"golden: a name of letters, digits, '_', '.', '-'. Got {name!r}")
+        file = folder / f"{name}.txt"
+        text = text.rstrip("\n") + "\n"
+        if update:
+            folder.mkdir(exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+            return
+        if not file.exists():
+            pytest.fail(f"{file} is missing: run pytest --update-golden and read what it wrote")
+        assert text == file.read_text(encoding="utf-8"), (
+            f"{file} differs; if that is meant, run pytest --update-golden"
+        )
+
+    return compare

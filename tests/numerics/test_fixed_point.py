@@ -1,0 +1,109 @@
+"""Constants of the fixed-point arithmetic, by numbers worked by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_lowbit.numerics.fixed_point import (
+    activation_bounds,
+    add_parameters,
+    product_multiplier,
+    softmax_powers,
+)
+
+pytestmark = pytest.mark.once
+
+
+def test_the_multiplier_is_rounded_to_float32_at_each_step():
+    rng = np.random.default_rng(0)
+    a, b, c = rng.uniform(0.01, 1, (3, 1000)).astype(np.float32)
+    ours = np.array([product_multiplier(*abc) for abc in zip(a, b, c, strict=True)])
+    once = (a.astype(np.float64) * b / c).astype(np.float32)
+    np.testing.assert_array_equal(ours, (a * b) / c)
+    assert (ours != once).any()  # or this test would show nothing
+
+
+def test_the_multiplier_has_one_float32_value_a_channel():
+    m = product_multiplier(0.5, [0.25, 0.5, 2.0], 0.125)
+    assert m.dtype == np.float32
+    np.testing.assert_array_equal(m, [1.0, 2.0, 8.0])
+
+
+@pytest.mark.parametrize(
+    ("scales", "expected"),
+    [
+        ((1.0, 1.0, 1.0), (1 << 20, 1 << 20, 20)),
+        ((1.0, 0.5, 1.0), (1 << 20, 1 << 19, 20)),
+        ((3.0, 1.0, 1.0), (3 << 19, 1 << 19, 19)),  # floor(log2(3)) = 1
+        ((0.75, 0.75, 1.0), (3 << 19, 3 << 19, 21)),  # floor(log2(0.75)) = -1
+        ((1.0, 2.0**-10, 1.0), (1 << 20, 1 << 10, 20)),
+        ((2.0**-10, 2.0**-10, 1.0), (1 << 20, 1 << 20, 30)),
+        # float32(0.1 / 0.3) = 0.33333334: e = -2, shift 22, 0.33333334 * 2^22 = 1398101.375
+        ((0.1, 0.1, 0.3), (1398101, 1398101, 22)),
+    ],
+)
+def test_additions_use_21_bit_multipliers(scales, expected):
+    assert add_parameters(*scales) == expected
+
+
+@given(st.floats(2**-9, 255), st.floats(2**-9, 255))
+def test_the_larger_multiplier_of_an_addition_has_21_bits(a, b):
+    k_a, k_b, shift = add_parameters(a, b, 1.0)
+    assert 1 << 20 <= max(k_a, k_b) <= 1 << 21
+    assert k_a / 2**shift == pytest.approx(a, abs=2.0**-shift)
+    assert k_b / 2**shift == pytest.approx(b, abs=2.0**-shift)
+
+
+@pytest.mark.parametrize("scales", [(256.0, 1.0, 1.0), (1.0, 0.0009, 1.0), (0.0, 1.0, 1.0)])
+def test_additions_of_far_scales_are_refused(scales):
+    with pytest.raises(ValueError, match="closer together"):
+        add_parameters(*scales)
+
+
+@pytest.mark.parametrize(
+    ("activation", "scale", "zero_point", "dtype", "expected"),
+    [
+        ("none", 0.1, 3, "int8", (-128, 127)),
+        ("none", 0.1, 3, "uint8", (0, 255)),
+        ("relu", 0.1, 3, "int8", (3, 127)),
+        ("relu6", 0.1, 3, "int8", (3, 63)),
+        ("relu6", 0.01, 3, "int8", (3, 127)),
+        ("relu6", 6 / 15, -128, "int8", (-128, -113)),
+        ("relu6", 6 / 3, -128, "int8", (-128, -125)),
+        ("relu6", 6 / 255, 0, "uint8", (0, 255)),
+        ("relu_n1_to_1", 1 / 7, 0, "int8", (-7, 7)),
+        ("relu_n1_to_1", 1 / 127, 0, "int8", (-127, 127)),
+        ("relu_n1_to_1", 1.0, 0, "int8", (-1, 1)),
+        ("relu6", 4.0, 0, "int8", (0, 2)),  # 1.5 -> 2: half to even
+        ("relu6", 4.0, 1, "int8", (1, 2)),  # 2.5 -> 2
+    ],
+)
+def test_activations_clip_codes(activation, scale, zero_point, dtype, expected):
+    assert activation_bounds(activation, scale, zero_point, dtype) == expected
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_relu6_at_six_over_hi_clips_every_unsigned_width(bits):
+    hi = 2**bits - 1
+    assert activation_bounds("relu6", float(np.float32(6 / hi)), -128) == (-128, -128 + hi)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_relu_n1_to_1_at_one_over_hi_clips_every_signed_width(bits):
+    hi = 2 ** (bits - 1) - 1
+    assert activation_bounds("relu_n1_to_1", float(np.float32(1 / hi)), 0) == (-hi, hi)
+
+
+def test_unknown_activations_and_dtypes_are_refused():
+    with pytest.raises(ValueError, match=r"relu_n1_to_1.*'tanh'"):
+        activation_bounds("tanh", 1.0, 0)
+    with pytest.raises(ValueError, match="'int32'"):
+        activation_bounds("relu", 1.0, 0, "int32")
+
+
+def test_softmax_powers_fall_from_one():
+    powers = softmax_powers(np.log(2))
+    assert powers.shape == (256,)
+    assert powers.dtype == np.float32
+    np.testing.assert_allclose(powers[:4], [1, 0.5, 0.25, 0.125], rtol=1e-6)

@@ -1,0 +1,185 @@
+"""What it means to be a quantizer: laws that every registered one keeps."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_lowbit import layers, quantizers
+from tests.gradients import compiled, gradient
+
+NAMES = quantizers.names()
+CASES = [(name, role) for name in NAMES for role in type(quantizers.get(name)).roles]
+every_case = pytest.mark.parametrize(("name", "role"), CASES)
+
+
+@pytest.fixture
+def x():
+    """Reals that bfloat16 holds exactly, an odd number of them."""
+    x = np.random.default_rng(0).normal(size=(31, 3)).astype(np.float32)
+    return ops.convert_to_numpy(ops.cast(ops.cast(x, "bfloat16"), "float32"))
+
+
+def calibrated(name, role, x, bits=4, shrink=0.3):
+    """A quantizer fitted to `shrink * x`, so that many values of `x` saturate."""
+    quantizer = quantizers.get(name, bits=bits, role=role)
+    quantizer.build(x.shape)
+    quantizer.fit_scale(x * np.float32(shrink))
+    return quantizer
+
+
+def encode(quantizer, x):
+    return [ops.convert_to_numpy(v) for v in quantizer.encode(ops.convert_to_tensor(x))]
+
+
+@every_case
+class TestEveryQuantizer:
+    def test_a_config_round_trip_keeps_every_argument(self, name, role):
+        first = quantizers.get(name, bits=5, role=role, signed=True)
+        again = type(first).from_config(first.get_config())
+        assert again.get_config() == first.get_config()
+        assert again.bits == 5
+        assert again.role == role
+
+    def test_a_saved_model_loads_with_equal_codes(self, name, role, x, tmp_path):
+        inputs = keras.Input((3,))
+        if role == "kernel":
+            made = layers.QuantizedDense(2, kernel_quantizer=quantizers.get(name, bits=4))
+            outputs, quantizer = made(inputs), made.kernel_quantizer
+        else:
+            made = layers.Quantize(name, bits=4)
+            outputs, quantizer = layers.Dequantize()(made(inputs)), made.quantizer
+        model = keras.Model(inputs, outputs)
+        quantizer.fit_scale(ops.convert_to_numpy(made.kernel) if role == "kernel" else x)
+        quantizer.set_bits(3)
+        model.save(tmp_path / "model.keras")
+        again = keras.models.load_model(tmp_path / "model.keras")
+        copy = again.layers[1].kernel_quantizer if role == "kernel" else again.layers[1].quantizer
+        assert copy.bits == 3
+        assert float(ops.convert_to_numpy(copy.calibrated)) == 1
+        assert copy.static_bounds() == quantizer.static_bounds()
+        np.testing.assert_array_equal(*(ops.convert_to_numpy(m(x)) for m in (model, again)))
+
+    @pytest.mark.parametrize("bits", [1, 2, 4, 7])
+    def test_codes_are_whole_numbers_of_the_grid(self, name, role, bits, x):
+        quantizer = calibrated(name, role, x, bits)
+        codes, scale = encode(quantizer, x)
+        lo, hi = quantizer.static_bounds()
+        np.testing.assert_array_equal(codes, np.rint(codes))
+        assert lo <= codes.min() < codes.max() <= hi
+        assert np.all(scale > 0)
+        assert codes.shape == x.shape
+
+    def test_the_scale_broadcasts_over_the_last_axes(self, name, role, x):
+        codes, scale = encode(calibrated(name, role, x), x)
+        assert scale.shape == ()
+        values = ops.convert_to_numpy(calibrated(name, role, x)(x))
+        np.testing.assert_array_equal(values, codes * scale)
+
+    @pytest.mark.parametrize("bits", [2, 4, 7])
+    def test_the_static_grid_is_the_one_in_use(self, name, role, bits, x):
+        quantizer = calibrated(name, role, x, bits)
+        if (name, role) == ("minmax", "kernel"):
+            with pytest.raises(ValueError, match=r"encode\(kernel\)"):
+                quantizer.grid()
+            return
+        grid = quantizer.grid()
+        assert (grid.lo, grid.hi) == quantizer.static_bounds()
+        np.testing.assert_array_equal(grid.scale, encode(quantizer, x)[1])
+
+    def test_codes_of_its_own_output_are_the_same_codes(self, name, role, x):
+        quantizer = calibrated(name, role, x)
+        codes, scale = encode(quantizer, x)
+        again, _ = encode(quantizer, codes * scale)
+        broken = "idempotent" in quantizer.breaks and role == "kernel"
+        assert (again == codes).all() != broken
+
+    def test_codes_never_decrease(self, name, role, x):
+        codes, _ = encode(calibrated(name, role, x), np.sort(x, axis=None).reshape(x.shape))
+        assert (np.diff(codes.reshape(-1)) >= 0).all()
+
+    @pytest.mark.parametrize("bits", [1, 4])
+    def test_gradients_are_finite_and_reach_the_input(self, name, role, bits, x):
+        quantizer = calibrated(name, role, x, bits)
+        trained = quantizer.trainable_variables
+        to_x, *others = gradient(lambda t: ops.sum(quantizer(t) * t), x, variables=trained)
+        assert to_x.shape == x.shape
+        assert np.any(to_x != 0)
+        assert [g.shape for g in others] == [tuple(v.shape) for v in trained]
+
+    def test_compiled_codes_are_the_eager_ones(self, name, role, x):
+        quantizer = calibrated(name, role, x)
+        for got, want in zip(compiled(quantizer.encode)(x), encode(quantizer, x), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+    def test_mixed_precision_changes_no_code(self, name, role, x):
+        want = encode(calibrated(name, role, x, bits=7), x)
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        try:
+            quantizer = calibrated(name, role, x, bits=7)
+
+            class Holder(keras.layers.Layer):
+                """Computes in bfloat16, where Keras casts the variables that are read."""
+
+                def call(self, inputs):
+                    return quantizer.encode(inputs)
+
+            got = [ops.convert_to_numpy(v) for v in Holder()(ops.convert_to_tensor(x))]
+        finally:
+            keras.config.set_dtype_policy(before)
+        for g, w in zip(got, want, strict=True):
+            assert g.dtype == np.float32
+            np.testing.assert_array_equal(g, w)
+
+    def test_an_observer_sees_the_reals_and_lets_them_pass(self, name, role, x):
+        quantizer = calibrated(name, role, x)
+        seen = []
+        quantizer.observer = lambda q, reals: seen.append((q, ops.convert_to_numpy(reals)))
+        codes, scale = encode(quantizer, x)
+        np.testing.assert_array_equal(codes, x)
+        assert scale == 1
+        assert seen[0][0] is quantizer
+        np.testing.assert_array_equal(seen[0][1], x)
+
+    @pytest.mark.parametrize("bits", [0, 17, 2.5])
+    def test_bits_out_of_range_are_refused(self, name, role, bits):
+        with pytest.raises(ValueError, match="bits must be a whole number"):
+            quantizers.get(name, bits=bits, role=role)
+
+    def test_a_refused_width_changes_nothing(self, name, role, x):
+        quantizer = calibrated(name, role, x)
+        before = [ops.convert_to_numpy(v) for v in quantizer.variables]
+        with pytest.raises(ValueError, match="bits must be a whole number"):
+            quantizer.set_bits(17.5)
+        assert quantizer.bits == 4
+        for old, variable in zip(before, quantizer.variables, strict=True):
+            np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
+
+
+@pytest.mark.once
+class TestRegistry:
+    def test_an_unknown_name_gets_the_nearest(self):
+        with pytest.raises(ValueError, match=r"'minmx'.*Did you mean 'minmax'"):
+            quantizers.get("minmx")
+
+    def test_another_type_is_refused(self):
+        with pytest.raises(ValueError, match="type int"):
+            quantizers.get(8)
+
+    def test_none_and_objects_pass(self):
+        given = quantizers.LSQ(3)
+        assert quantizers.get(None) is None
+        assert quantizers.get(given, bits=8) is given
+
+    def test_a_config_is_read(self):
+        config = keras.saving.serialize_keras_object(quantizers.LSQ(3, max_value=6.0))
+        assert quantizers.get(config).get_config()["max_value"] == 6.0
+
+    def test_an_unknown_role_is_refused(self):
+        with pytest.raises(ValueError, match=r"LSQ: role must be one of .* Got 'bias'"):
+            quantizers.LSQ(role="bias")
+
+    def test_scales_are_kept_for_last_axes_only(self):
+        with pytest.raises(ValueError, match="last axes"):
+            quantizers.LSQ(axis=0).build((3, 4))

@@ -1,0 +1,221 @@
+"""The floors of the library, held by a test: imports point down, and only Keras is spoken."""
+
+import ast
+import fnmatch
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.once
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A module may import its own room and rooms on lower floors. Rooms on one floor are strangers.
+FLOORS = [
+    {"keras_lowbit.numerics", "keras_lowbit.progress"},
+    {"keras_lowbit.scheme", "keras_lowbit.walk", "keras_lowbit.data"},
+    {"keras_lowbit.quantizers", "keras_lowbit.regularizers"},
+    {"keras_lowbit.layers"},
+    {"keras_lowbit.kinds"},
+    {"keras_lowbit.integer"},
+    {"keras_lowbit.transform"},
+    {
+        "keras_lowbit.callbacks",
+        "keras_lowbit.analysis",
+        "keras_lowbit.distillation",
+        "keras_lowbit.packed",
+    },
+    {"keras_lowbit.zoo", "tflite_export"},
+    {"keras_lowbit.cli"},
+    {"keras_lowbit.demo"},
+]
+# The public names are gathered in the root, so it lies above the library and below its users.
+ROOT_MODULE = "keras_lowbit"
+ABOVE_THE_ROOT = ("tflite_export", "keras_lowbit.cli", "keras_lowbit.demo")
+BACKENDS = {"tensorflow", "jax", "torch"}
+BACKEND_FILES = ("keras_lowbit/numerics/backend_*.py",)
+LONGEST_FILE = 500
+
+
+def sources():
+    """Every Python file of the two packages, relative to the repository."""
+    tops = ("keras_lowbit", "tflite_export")
+    files = (file for top in tops for file in (ROOT / top).rglob("*.py"))
+    return sorted(file.relative_to(ROOT).as_posix() for file in files)
+
+
+def module_name(path):
+    parts = Path(path).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module):
+    """`(floor, name)` of the room that a module lies in, None outside of all rooms."""
+    rooms = ((i, name) for i, floor in enumerate(FLOORS) for name in floor)
+    return next((r for r in rooms if f"{module}.".startswith(f"{r[1]}.")), None)
+
+
+def imported(tree):
+    """`(line, dotted name)` of everything that is imported, also by a call with a constant."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{prefix}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = ast.unparse(node.func).split(".")[-1]
+            if called in ("import_module", "__import__"):
+                yield node.lineno, str(node.args[0].value)
+
+
+def import_violation(path, name):
+    """Why `path` may not import `name`; None if it may."""
+    top = name.split(".")[0]
+    if not top:
+        return "write absolute imports"
+    if name == "keras.src" or name.startswith("keras.src."):
+        return f"{name} is private to Keras"
+    if top in BACKENDS:
+        allowed = any(fnmatch.fnmatch(path, pattern) for pattern in BACKEND_FILES)
+        return None if allowed else f"{name}: this library speaks keras.ops only"
+    if top not in ("keras_lowbit", "tflite_export"):
+        return None
+    module = module_name(path)
+    here, there = room(module), room(name)
+    above = f"{module}.".startswith(tuple(f"{top}." for top in ABOVE_THE_ROOT))
+    if there is None:
+        if above or module == ROOT_MODULE:
+            return None
+        return f"{name}: import from the module that defines it, not from the root"
+    if module == ROOT_MODULE:
+        upward = f"{name}.".startswith(tuple(f"{top}." for top in ABOVE_THE_ROOT))
+        return f"the root may not import {there[1]}" if upward else None
+    if here is None or there == here or there[0] < here[0]:
+        return None
+    return f"{here[1]} may not import {there[1]}"
+
+
+def violations(path, text):
+    """Sentences about what is wrong in one file, `path:line: why`."""
+    tree = ast.parse(text)
+    found = []
+    if room(module_name(path)) is None and module_name(path) != ROOT_MODULE:
+        found.append((1, "this module has no floor: add it to FLOORS"))
+    for line, name in imported(tree):
+        why = import_violation(path, name)
+        if why:
+            found.append((line, why))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            found.append((node.lineno, "raise an error instead of assert"))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "keras.src":
+            found.append((node.lineno, "keras.src is private to Keras"))
+    lines = text.count("\n") + 1
+    if lines > LONGEST_FILE:
+        found.append((lines, f"a file says one thing in {LONGEST_FILE} lines at most"))
+    return [f"{path}:{line}: {why}" for line, why in found]
+
+
+@pytest.mark.parametrize("path", sources())
+def test_floors_hold_in(path):
+    assert violations(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+def test_the_two_packages_are_found():
+    assert {"keras_lowbit/__init__.py", "tflite_export/__init__.py"} <= set(sources())
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "why"),
+    [
+        (
+            "keras_lowbit/numerics/grid.py",
+            "from keras_lowbit.layers.conv import QuantizedConv2D",
+            "keras_lowbit.numerics may not import keras_lowbit.layers",
+        ),
+        (
+            "keras_lowbit/quantizers/lsq.py",
+            "def late():\n    import keras_lowbit.transform.freeze",
+            "keras_lowbit.quantizers may not import keras_lowbit.transform",
+        ),
+        (
+            "keras_lowbit/transform/freeze.py",
+            "from keras_lowbit import callbacks",
+            "keras_lowbit.transform may not import keras_lowbit.callbacks",
+        ),
+        (
+            "keras_lowbit/zoo/hub.py",
+            "from tflite_export import convert",
+            "keras_lowbit.zoo may not import tflite_export",
+        ),
+        (
+            "keras_lowbit/layers/conv.py",
+            "import keras_lowbit as klb",
+            "keras_lowbit: import from the module that defines it, not from the root",
+        ),
+        (
+            "keras_lowbit/__init__.py",
+            "from keras_lowbit.cli import main",
+            "the root may not import keras_lowbit.cli",
+        ),
+        (
+            "keras_lowbit/layers/conv.py",
+            "from keras.src import backend",
+            "keras.src.backend is private to Keras",
+        ),
+        (
+            "tflite_export/convert.py",
+            "import keras\nkeras.src.ops",
+            "keras.src is private to Keras",
+        ),
+        (
+            "tflite_export/convert.py",
+            "def late():\n    import tensorflow as tf",
+            "tensorflow: this library speaks keras.ops only",
+        ),
+        (
+            "keras_lowbit/numerics/uniform.py",
+            "from jax import numpy as jnp",
+            "jax.numpy: this library speaks keras.ops only",
+        ),
+        (
+            "keras_lowbit/numerics/uniform.py",
+            "import importlib\nimportlib.import_module('torch')",
+            "torch: this library speaks keras.ops only",
+        ),
+        ("keras_lowbit/layers/conv.py", "from . import dense", "write absolute imports"),
+        ("keras_lowbit/layers/conv.py", "assert True", "raise an error instead of assert"),
+        (
+            "keras_lowbit/layers/conv.py",
+            "pass\n" * 500,
+            "a file says one thing in 500 lines at most",
+        ),
+        (
+            "keras_lowbit/attic.py",
+            "",
+            "this module has no floor: add it to FLOORS",
+        ),
+    ],
+)
+def test_a_planted_violation_is_caught(path, text, why):
+    (sentence,) = violations(path, text)
+    assert sentence.startswith(f"{path}:")
+    assert sentence.endswith(f": {why}")
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("keras_lowbit/numerics/backend_jax.py", "import jax\nfrom jax import numpy"),
+        ("keras_lowbit/layers/conv.py", "import keras\nfrom keras import ops"),
+        ("keras_lowbit/layers/conv.py", "from keras_lowbit.numerics.grid import IntGrid"),
+        ("keras_lowbit/layers/conv.py", "from keras_lowbit.layers import product"),
+        ("keras_lowbit/cli/main.py", "import keras_lowbit as klb\nimport tflite_export"),
+        ("tflite_export/convert.py", "import keras_lowbit\nfrom ai_edge_litert import interpreter"),
+        ("keras_lowbit/__init__.py", "from keras_lowbit import zoo\n__version__ = '1'"),
+        ("keras_lowbit/layers/conv.py", "pass\n" * 499),
+    ],
+)
+def test_what_is_allowed_passes(path, text):
+    assert violations(path, text) == []

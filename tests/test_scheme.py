@@ -1,0 +1,85 @@
+import pytest
+
+from keras_lowbit.scheme import Scheme, Widths
+
+pytestmark = pytest.mark.once
+
+
+def test_a_short_name_gives_the_bits():
+    scheme = Scheme.of("W4a8")
+    assert (scheme.kernel_bits, scheme.activation_bits) == (4, 8)
+    assert scheme.ends_bits == 8
+
+
+@pytest.mark.parametrize(("given", "near"), [("w4b4", "w4a4"), ("w4 a8", "w4a8"), ("2a2", "w2a2")])
+def test_an_unknown_name_gets_the_nearest(given, near):
+    with pytest.raises(ValueError, match=f"Unknown scheme '{given}'.* Did you mean '{near}'"):
+        Scheme.of(given)
+
+
+@pytest.mark.parametrize("given", ["w0a8", "w9a8", "w8a0", "w8a16"])
+def test_bits_out_of_range_are_refused(given):
+    with pytest.raises(ValueError, match=r"(kernel|activation)_bits.* must be .*from 1 to"):
+        Scheme.of(given)
+
+
+@pytest.mark.parametrize("bits", [0, 9, 2.5, True])
+def test_bits_of_fields_are_checked(bits):
+    for key in ("kernel_bits", "activation_bits", "ends_bits"):
+        with pytest.raises(ValueError, match="from 1 to"):
+            Scheme(**{key: bits})
+
+
+def test_an_unknown_key_gets_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown key 'kernel_bit'.*Did you mean 'kernel_bits'"):
+        Scheme.of({"kernel_bit": 4, "activation_bits": 4})
+    with pytest.raises(ValueError, match=r"unknown key 'kernel_bit'.*Did you mean 'kernel_bits'"):
+        Scheme.of({"kernel_bit": 4})
+
+
+def test_other_types_are_refused():
+    with pytest.raises(ValueError, match=r"A scheme is a string such as 'w4a4'.* Got 4"):
+        Scheme.of(4)
+
+
+def test_patterns_override_in_order_and_none_stays_float():
+    scheme = Scheme.of({"*": "w4a4", "block*": "w2a8", "block_1": None})
+    assert scheme.widths("conv", is_end=False) == Widths(4, 4)
+    assert scheme.widths("block_2", is_end=False) == Widths(2, 8)
+    assert scheme.widths("block_1", is_end=False) is None
+
+
+def test_ends_have_their_own_width_unless_a_pattern_names_them():
+    scheme = Scheme.of({"*": "w2a2", "head": "w4a4"})
+    assert scheme.widths("stem", is_end=True) == Widths(8, 8)
+    assert scheme.widths("head", is_end=True) == Widths(4, 4)
+    flat = Scheme(kernel_bits=2, activation_bits=2, ends_bits=None)
+    assert flat.widths("stem", is_end=True) == Widths(2, 2)
+
+
+def test_a_mapping_without_star_means_8_bits_elsewhere():
+    assert Scheme.of({"head": None}).widths("conv", is_end=False) == Widths(8, 8)
+
+
+def test_exceptions_are_checked_at_once():
+    with pytest.raises(ValueError, match="Unknown scheme 'w4x4'"):
+        Scheme(exceptions={"head": "w4x4"})
+    with pytest.raises(ValueError, match="Unknown scheme 'w4x4'"):
+        Scheme.of({"head": "w4x4"})
+    with pytest.raises(ValueError, match=r"a string such as 'w4a8', or None\. Got 4"):
+        Scheme(exceptions={"head": 4})
+
+
+def test_patterns_that_match_nothing_are_found():
+    scheme = Scheme.of({"*": "w4a4", "haed": None, "b?": "w8a8"})
+    assert scheme.unused_exceptions(["head", "b1"]) == ["haed"]
+
+
+def test_a_scheme_of_a_scheme_is_itself():
+    scheme = Scheme(kernel_bits=3)
+    assert Scheme.of(scheme) is scheme
+
+
+def test_ternary_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="ternary kernels are not available"):
+        Scheme.of("wta8")

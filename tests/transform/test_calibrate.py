@@ -1,0 +1,187 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_lowbit import layers
+from keras_lowbit.integer.build import integer_graph
+from keras_lowbit.transform import calibrate, quantize_model
+from keras_lowbit.transform.calibrate import uncalibrated
+
+K = keras.layers
+
+
+def net(scheme="w8a8", **kwargs):
+    x = inputs = keras.Input((6, 5, 3), name="image")
+    x = K.Conv2D(4, 3, name="conv")(x)
+    x = K.GlobalAveragePooling2D(name="pool")(K.ReLU(name="relu")(x))
+    return quantize_model(keras.Model(inputs, K.Dense(2, name="head")(x)), scheme, **kwargs)
+
+
+def images(n=8, low=0.0, high=1.0):
+    return np.random.default_rng(0).uniform(low, high, (n, 6, 5, 3)).astype("float32")
+
+
+def quantizers(model):
+    return {x.name: x.quantizer for x in model.layers if isinstance(x, layers.Quantize)}
+
+
+def scales(model):
+    return {name: float(ops.convert_to_numpy(q.scale)) for name, q in quantizers(model).items()}
+
+
+def test_every_grid_is_calibrated_and_the_model_returned():
+    model = net()
+    assert uncalibrated(model) == list(quantizers(model))
+    assert calibrate(model, images()) is model
+    assert uncalibrated(model) == []
+    assert all(scale > 0 for scale in scales(model).values())
+
+
+def test_minmax_scales_are_the_range_over_the_codes():
+    inputs = keras.Input((4,))
+    x = layers.Quantize(bits=4, signed=False, name="q")(inputs)
+    model = keras.Model(inputs, layers.Dequantize()(x))
+    data = np.array([[0.0, 1.0, 2.0, 3.0], [0.5, 4.5, 1.0, 0.0]], "float32")
+    calibrate(model, data, method="minmax", batch_size=1)
+    # 4.5, the largest of both batches, over 15 codes
+    np.testing.assert_allclose(scales(model)["q"], 0.3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["mse", "minmax", "percentile"])
+def test_arrays_and_iterables_give_the_same_scales(method):
+    first, second = net(), net()
+    second.set_weights(first.get_weights())
+    data = images(10)
+    calibrate(first, data, method=method, batch_size=4)
+    # a data set yields batches, here with targets
+    calibrate(second, [(data[i : i + 4], np.zeros(4)) for i in (0, 4, 8)], method=method)
+    assert scales(first) == scales(second)
+
+
+def test_activations_are_float_while_calibrate_looks():
+    model = net("w8a2")
+    calibrate(model, images(), method="minmax")
+    first = scales(model)
+    calibrate(model, images(), method="minmax")
+    assert scales(model) == first
+    assert all(q.observer is None for q in quantizers(model).values())
+
+
+def test_kernels_and_statistics_are_left_alone():
+    inputs = keras.Input((6, 5, 3))
+    x = K.BatchNormalization(name="bn")(K.Conv2D(4, 3, name="conv")(inputs))
+    model = quantize_model(keras.Model(inputs, x), "w4a4")
+    kept = [*model.get_layer("conv").weights, *model.get_layer("bn").weights]
+    before = [ops.convert_to_numpy(w).copy() for w in kept]
+    calibrate(model, images())
+    for old, variable in zip(before, kept, strict=True):
+        np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
+
+
+def test_layers_with_quantizers_of_their_own_are_calibrated():
+    inputs = keras.Input((6, 5, 3))
+    x = layers.QuantizedSeparableConv2D(4, 3, input_quantizer="lsq", name="s")(inputs)
+    model = keras.Model(inputs, x)
+    assert uncalibrated(model) == ["s"]
+    calibrate(model, images())
+    assert uncalibrated(model) == []
+    assert float(ops.convert_to_numpy(model.get_layer("s").between_quantizer.scale)) != 1.0
+
+
+def test_several_inputs_take_a_list():
+    one, two = keras.Input((3,), name="one"), keras.Input((4,), name="two")
+    x = K.Concatenate()([K.Dense(2)(one), K.Dense(2)(two)])
+    model = quantize_model(keras.Model([one, two], x), "w8a8")
+    random = np.random.default_rng(0)
+    data = [random.normal(size=(5, n)).astype("float32") for n in (3, 4)]
+    calibrate(model, data, batch_size=2)
+    assert uncalibrated(model) == []
+    with pytest.raises(ValueError, match=r"The model has 2 inputs\. Got 1 arrays"):
+        calibrate(model, data[0])
+    with pytest.raises(ValueError, match=r"All inputs need as many images\. Got \[5, 3\]"):
+        calibrate(model, [data[0], data[1][:3]])
+
+
+def test_an_uncalibrated_model_is_refused_at_export_with_the_way_out():
+    with pytest.raises(ValueError, match=r"image_quantize is not calibrated\. Run .*calibrate"):
+        integer_graph(net())
+
+
+def test_one_uncalibrated_grid_is_enough_to_refuse():
+    model = calibrate(net(), images())
+    model.get_layer("pool_quantize").quantizer.calibrated.assign(0.0)
+    with pytest.raises(ValueError, match="pool_quantize is not calibrated"):
+        integer_graph(model)
+
+
+def by_hand():
+    x = inputs = keras.Input((6, 5, 3))
+    x = layers.QuantizedSeparableConv2D(
+        4, 3, input_quantizer="lsq", output_quantizer="lsq", name="s"
+    )(x)
+    return keras.Model(inputs, x)
+
+
+@pytest.mark.parametrize("argument", ["input_quantizer", "between_quantizer", "output_quantizer"])
+def test_an_uncalibrated_grid_inside_a_layer_is_refused(argument):
+    model = calibrate(by_hand(), images())
+    integer_graph(model)
+    getattr(model.get_layer("s"), argument).calibrated.assign(0.0)
+    with pytest.raises(ValueError, match="s is not calibrated"):
+        integer_graph(model)
+
+
+def test_kernels_of_layers_put_in_by_hand_get_their_scales():
+    model = by_hand()
+    layer = model.get_layer("s")
+    calibrate(model, images())
+    kernel = ops.convert_to_numpy(layer.depthwise_kernel)
+    made = ops.convert_to_numpy(layer.depthwise_quantizer(layer.depthwise_kernel))
+    # 8 bits: half a step of a grid that covers the largest weight
+    assert np.abs(made - kernel).max() <= np.abs(kernel).max() / 127
+    scale = ops.convert_to_numpy(layer.depthwise_quantizer.scale).copy()
+    layer.depthwise_kernel.assign(2 * kernel)
+    calibrate(model, images())
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer.depthwise_quantizer.scale), scale)
+
+
+def test_bad_images_are_refused_before_anything_is_set():
+    nan = images()
+    nan[1, 2, 3, 0] = np.nan
+    infinite = images()
+    infinite[0] = np.inf
+    cases = [
+        (images(0), "No images"),
+        ([], "No images"),
+        (images()[..., :2], r"must have shape \(None, 6, 5, 3\).* Got \(8, 6, 5, 2\)"),
+        (images()[0], r"must have shape \(None, 6, 5, 3\).* Got \(6, 5, 3\)"),
+        (nan, "NaN"),
+        (infinite, "NaN or infinite"),
+    ]
+    for data, message in cases:
+        model = net()
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, data)
+        assert len(uncalibrated(model)) == len(quantizers(model)), message
+        assert all(q.observer is None for q in quantizers(model).values())
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match=r"must be one of.*Got 'mean'"):
+        calibrate(net(), images(), method="mean")
+
+
+def test_a_model_that_makes_nan_is_named_and_left_as_it_was():
+    model = net()
+    model.get_layer("conv").bias.assign([np.nan, 0, 0, 0])
+    with pytest.raises(ValueError, match="not finite"):
+        calibrate(model, images())
+    assert all(q.observer is None for q in quantizers(model).values())
+    assert len(uncalibrated(model)) == len(quantizers(model))
+
+
+def test_a_given_input_range_is_kept():
+    model = net(input_range=(-1, 1))
+    calibrate(model, images(low=-0.25, high=0.25))
+    np.testing.assert_allclose(scales(model)["image_quantize"], 2 / 255, rtol=1e-6)

@@ -1,0 +1,352 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_lowbit import layers, quantizers
+from keras_lowbit.integer import reference
+from keras_lowbit.integer.build import integer_graph
+from keras_lowbit.transform import calibrate, quantize_model
+
+K = keras.layers
+SHAPE = (6, 5, 3)
+FLAT8 = {"kernel_bits": 8, "activation_bits": 8}
+
+
+def images(n=16, shape=SHAPE, low=0.0, high=1.0):
+    return np.random.default_rng(0).uniform(low, high, (n, *shape)).astype("float32")
+
+
+def numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+def grids(model):
+    """`{Quantize layer: bits}`."""
+    return {x.name: x.quantizer.bits for x in model.layers if isinstance(x, layers.Quantize)}
+
+
+def kernels(model):
+    """`{layer: kernel bits}`."""
+    quantized = [x for x in model.layers if hasattr(x, "kernel_quantizer")]
+    return {x.name: x.kernel_quantizer.bits for x in quantized}
+
+
+def assert_close(model, scheme=FLAT8, data=None, atol=0.02, **kwargs):
+    """The 8-bit model gives the float model's outputs, nearly, and can become integers."""
+    data = images() if data is None else data
+    quantized = calibrate(quantize_model(model, scheme, **kwargs), data)
+    expected, made = model.predict(data, verbose=0), quantized.predict(data, verbose=0)
+    keras.tree.assert_same_structure(expected, made)
+    for a, b in zip(keras.tree.flatten(expected), keras.tree.flatten(made), strict=True):
+        np.testing.assert_allclose(b, a, atol=atol * max(1.0, np.abs(a).max()))
+    return quantized
+
+
+def assert_same_integers(quantized, data):
+    """The integer graph gives what the Keras model gives, within half a code of rounding ties."""
+    graph = integer_graph(quantized)
+    feeds = {graph.inputs[0]: data}
+    made = reference.run(graph, feeds)[graph.outputs[0]]
+    expected = quantized.predict(data, verbose=0)
+    off = np.abs(made - expected) / next(
+        op for op in graph if op.output == graph.outputs[0]
+    ).constants.get("scale", np.float32(graph.tensors[graph.ops[-1].inputs[0]].scale))
+    assert (off > 1.01).sum() == 0
+
+
+def small(inputs):
+    x = K.Conv2D(4, 3, padding="same", use_bias=False, name="stem")(inputs)
+    x = K.ReLU(name="relu")(K.BatchNormalization(name="bn")(x))
+    x = K.Conv2D(4, 3, name="mid")(x)
+    return K.Dense(2, name="head")(K.GlobalAveragePooling2D(name="pool")(x))
+
+
+def small_model():
+    inputs = keras.Input(SHAPE, name="image")
+    return keras.Model(inputs, small(inputs), name="small")
+
+
+def test_ends_take_8_bits_and_the_middle_the_scheme():
+    model = quantize_model(small_model(), "w2a3")
+    assert kernels(model) == {"stem": 8, "mid": 2, "head": 8}
+    # The input is 8-bit, `mid` reads 3 bits, the pool a stream of 8 and the head 8.
+    assert grids(model) == {
+        "image_quantize": 8,
+        "relu_quantize": 3,
+        "mid_quantize": 8,
+        "pool_quantize": 8,
+        "head_quantize": 8,
+    }
+    flat = {"kernel_bits": 2, "activation_bits": 3, "ends_bits": None}
+    assert kernels(quantize_model(small_model(), flat)) == {"stem": 2, "mid": 2, "head": 2}
+
+
+def test_the_original_model_is_untouched():
+    model = small_model()
+    weights = [w.copy() for w in model.get_weights()]
+    config, names = model.get_config(), [x.name for x in model.layers]
+    quantized = calibrate(quantize_model(model, "w4a4"), images())
+    quantized.compile("sgd", "mse")
+    quantized.fit(images(4), np.ones((4, 2)), verbose=0)
+    assert [x.name for x in model.layers] == names
+    assert model.get_config() == config
+    for before, after in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+    shared = {id(x) for x in model.layers} & {id(x) for x in quantized.layers}
+    assert shared == set()
+
+
+def test_functional_models_are_close_and_integer():
+    quantized = assert_close(small_model())
+    assert quantized.name == "small_quantized"
+    assert_same_integers(quantized, images())
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_sequential_models_are_quantized(called):
+    model = keras.Sequential(
+        [
+            keras.Input(SHAPE),
+            K.Rescaling(1 / 255),
+            K.Conv2D(4, 3, activation="relu", name="a"),
+            K.Flatten(),
+            K.Dense(3, name="b"),
+        ]
+    )
+    data = np.round(images() * 255)
+    if called:
+        model(data)
+    assert_same_integers(assert_close(model, data=data), data)
+
+
+def test_nested_models_are_opened():
+    inner_in = keras.Input(SHAPE)
+    inner = keras.Model(
+        inner_in, K.Conv2D(4, 3, activation="relu", name="conv")(inner_in), name="in"
+    )
+    outer_in = keras.Input(SHAPE)
+    x = K.Conv2D(4, 3, name="conv")(K.ReLU()(inner(outer_in)))
+    model = keras.Model(outer_in, K.Flatten()(x))
+    quantized = assert_close(model, {"*": "w8a8", "in/conv": "w6a8"})
+    assert kernels(quantized) == {"in_conv": 6, "conv": 8}
+    assert_same_integers(quantized, images())
+
+
+def test_a_shared_layer_has_one_kernel_and_a_grid_for_each_call():
+    conv = K.Conv2D(3, 3, padding="same", name="shared")
+    inputs = keras.Input(SHAPE, name="image")
+    x = K.ReLU(name="r1")(conv(inputs))
+    model = keras.Model(inputs, K.Flatten(name="flat")(conv(x)))
+    quantized = assert_close(model)
+    assert kernels(quantized) == {"shared": 8}
+    first, second = (quantized.get_layer(n).quantizer for n in ("image_quantize", "r1_quantize"))
+    assert float(numpy(first.scale)) != float(numpy(second.scale))
+    assert_same_integers(quantized, images())
+    before = quantized.get_layer("shared").kernel
+    assert sum(w is before for w in quantized.weights) == 1
+
+
+def test_a_shared_nested_model_keeps_its_weights_once():
+    inner = keras.Sequential([keras.Input((4,)), K.Dense(4, name="d")], name="inner")
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, inner(K.ReLU()(inner(inputs))))
+    quantized = assert_close(model, data=images(shape=(4,)))
+    assert len(kernels(quantized)) == 1
+
+
+def test_operations_are_quantized_like_layers():
+    inputs = keras.Input(SHAPE)
+    x = ops.relu(K.Conv2D(4, 3, padding="same", name="a")(inputs))
+    y = K.Conv2D(6, 3, strides=2, padding="same", name="b")(x)
+    short = ops.pad(x[:, ::2, ::2], [(0, 0), (0, 0), (0, 0), (1, 1)])
+    total = ops.relu(ops.add(y, short))
+    x = ops.mean(total, axis=(1, 2))
+    model = keras.Model(inputs, K.Dense(3, name="c")(x))
+    quantized = assert_close(model)
+    assert_same_integers(quantized, images())
+
+
+def test_adding_a_number_is_not_lost():
+    inputs = keras.Input((4,))
+    x = K.Dense(3, name="d")(inputs)
+    model = keras.Model(inputs, K.Dense(2, name="e")(ops.add(x, 2.5)))
+    assert_close(model, data=images(shape=(4,)))
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_sums_of_several_tensors_are_added_two_at_a_time(count):
+    inputs = keras.Input(SHAPE)
+    parts = [K.Conv2D(4, 1, name=f"c{i}")(inputs) for i in range(count)]
+    x = K.ReLU()(K.Add(name="sum")(parts))
+    model = keras.Model(inputs, K.Flatten()(x))
+    assert_same_integers(assert_close(model), images())
+
+
+def test_several_inputs_and_outputs_keep_their_structure():
+    one, two = keras.Input((4,), name="one"), keras.Input((5,), name="two")
+    x = K.Dense(3, name="a")(one)
+    y = K.Dense(3, name="b")(two)
+    total = K.Add(name="sum")([x, y])
+    model = keras.Model([one, two], {"sum": total, "more": K.Dense(2, name="c")(K.ReLU()(total))})
+    random = np.random.default_rng(0)
+    data = [random.normal(size=(16, n)).astype("float32") for n in (4, 5)]
+    quantized = assert_close(model, data=data)
+    assert [t.name for t in quantized.inputs] == ["one", "two"]
+    assert set(quantized.output) == {"sum", "more"}
+
+
+def test_a_softmax_stays_at_the_end_behind_a_grid():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, K.Dense(3, activation="softmax", name="p")(inputs))
+    data = images(shape=(4,))
+    quantized = assert_close(model, data=data)
+    np.testing.assert_allclose(quantized.predict(data, verbose=0).sum(-1), 1, atol=1e-5)
+    integer_graph(quantized)
+
+
+def test_none_leaves_a_layer_float_and_readers_see_reals():
+    model = quantize_model(small_model(), {"*": "w4a4", "mid": None})
+    assert type(model.get_layer("mid")) is K.Conv2D
+    assert kernels(model) == {"stem": 8, "head": 8}
+    assert_close(small_model(), {"*": "w8a8", "mid": None})
+
+
+def test_a_pattern_overrides_bits_and_a_shared_stream_is_requantized():
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(4, 1, activation="relu", name="stem")(inputs)
+    a = K.Conv2D(4, 1, name="narrow")(x)
+    b = K.Conv2D(4, 1, name="wide")(x)
+    x = K.Conv2D(4, 1, name="end")(K.Add(name="sum")([a, b]))
+    model = quantize_model(keras.Model(inputs, x), {"*": "w8a8", "narrow": "w4a4"})
+    assert kernels(model)["narrow"] == 4
+    made = grids(model)
+    assert made["stem_quantize"] == 8
+    assert made["stem_quantize_2"] == 4
+    assert_same_integers(calibrate(model, images()), images())
+
+
+def test_readers_of_one_width_share_one_grid():
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(4, 1, activation="relu", name="stem")(inputs)
+    both = [K.Conv2D(4, 1, name=n)(x) for n in ("a", "b")]
+    x = K.Conv2D(4, 1, name="end")(K.Concatenate(name="cat")(both))
+    model = quantize_model(keras.Model(inputs, x), "w4a4")
+    assert [n for n in grids(model) if n.startswith("stem")] == ["stem_quantize"]
+    assert grids(model)["stem_quantize"] == 4
+
+
+def test_unknown_schemes_suggest_the_nearest():
+    with pytest.raises(ValueError, match="Unknown scheme 'w4b4'.*Did you mean 'w4a4'"):
+        quantize_model(small_model(), "w4b4")
+    with pytest.raises(ValueError, match="unknown key 'kernel_bit'.*Did you mean 'kernel_bits'"):
+        quantize_model(small_model(), {"kernel_bit": 4})
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_with_the_names():
+    with pytest.raises(ValueError, match=r"\['haed'\] match no layer.*'stem', 'mid', 'head'"):
+        quantize_model(small_model(), {"*": "w4a4", "haed": "w8a8"})
+
+
+def test_unknown_quantizers_suggest_the_nearest():
+    with pytest.raises(ValueError, match="Unknown quantizer 'lsp'.*Did you mean 'lsq'"):
+        quantize_model(small_model(), {"kernel": "lsp"})
+
+
+def test_models_that_cannot_be_quantized_are_refused():
+    inputs = keras.Input((4,))
+    with pytest.raises(ValueError, match="has no layer to quantize: expected Conv2D"):
+        quantize_model(keras.Model(inputs, K.ReLU()(inputs)), "w8a8")
+    with pytest.raises(ValueError, match="is quantized already"):
+        quantize_model(quantize_model(small_model(), "w8a8"), "w8a8")
+
+
+# --- where images come in ---------------------------------------------------------------------
+
+
+def affine_of(model, name="image_quantize"):
+    quantizer = model.get_layer(name).quantizer
+    assert isinstance(quantizer, quantizers.Affine)
+    return quantizer
+
+
+def test_rescaling_becomes_the_input_grid_with_256_codes():
+    inputs = keras.Input(SHAPE, name="image")
+    x = K.Rescaling(1 / 127.5, offset=-1, name="rescale")(inputs)
+    model = keras.Model(inputs, K.Flatten()(K.Conv2D(4, 3, name="c")(x)))
+    quantized = quantize_model(model, "w8a8")
+    quantizer = affine_of(quantized, "rescale_quantize")
+    pixels = np.arange(256, dtype="float32")
+    codes, scale = quantizer.to_codes(ops.convert_to_tensor(pixels / 127.5 - 1))
+    assert len(np.unique(numpy(codes))) == 256
+    np.testing.assert_allclose(float(numpy(scale)), 1 / 127.5, rtol=1e-6)
+    data = np.round(images() * 255)
+    assert_same_integers_of_pixels(assert_close(model, data=data), data)
+
+
+def assert_same_integers_of_pixels(quantized, data):
+    graph = integer_graph(quantized, input_type="uint8", output_type="int8")
+    made = reference.run(graph, {graph.inputs[0]: data.astype("uint8")})[graph.outputs[0]]
+    tensor = graph.tensors[graph.outputs[0]]
+    reals = (made.astype(np.float64) - tensor.zero_point) * tensor.scale
+    off = np.abs(reals - quantized.predict(data, verbose=0)) / tensor.scale
+    assert (off > 1.01).sum() == 0
+
+
+def test_input_range_keeps_256_codes_and_its_offset_in_the_bias():
+    # Pixels 0..255 arrive as -1..1: 0.0 lies between 127 and 128, so codes stand for x + 1/255.
+    inputs = keras.Input(SHAPE, name="image")
+    x = K.Conv2D(4, 3, use_bias=False, name="c")(inputs)
+    model = keras.Model(inputs, K.Flatten()(x))
+    data = np.round(images() * 255) / np.float32(127.5) - 1
+    quantized = assert_close(model, data=data, input_range=(-1, 1))
+    quantizer = affine_of(quantized)
+    codes, _ = quantizer.to_codes(ops.convert_to_tensor(np.linspace(-1, 1, 256, dtype="float32")))
+    assert len(np.unique(numpy(codes))) == 256
+    np.testing.assert_allclose(abs(quantizer.offset), 1 / 255, rtol=1e-5)
+    layer = quantized.get_layer("c")
+    total = numpy(model.get_layer("c").kernel).sum(axis=(0, 1, 2))
+    np.testing.assert_allclose(numpy(layer.bias), quantizer.offset * total, rtol=1e-4, atol=1e-7)
+    assert_same_integers_of_pixels(quantized, np.round((data + 1) * 127.5))
+
+
+def test_an_input_range_must_rise():
+    with pytest.raises(ValueError, match=r"input_range must rise\. Got \(1, -1\)"):
+        quantize_model(small_model(), "w8a8", input_range=(1, -1))
+
+
+def test_rescaling_by_channel_is_refused_with_the_way_out():
+    inputs = keras.Input(SHAPE)
+    x = K.Rescaling([1.0, 2.0, 3.0], name="r")(inputs)
+    with pytest.raises(ValueError, match=r"r: Rescaling by channel.*Use Normalization"):
+        quantize_model(keras.Model(inputs, K.Conv2D(2, 1)(x)), "w8a8")
+
+
+def test_two_rescalings_are_refused():
+    inputs = keras.Input(SHAPE)
+    x = K.Rescaling(2.0, name="r2")(K.Rescaling(1 / 255)(inputs))
+    with pytest.raises(ValueError, match="r2: only one Rescaling"):
+        quantize_model(keras.Model(inputs, K.Conv2D(2, 1)(x)), "w8a8")
+
+
+def test_without_a_known_range_the_images_decide():
+    quantized = calibrate(quantize_model(small_model(), "w8a8"), images(low=-0.5, high=2.0))
+    low, high = affine_of(quantized).static_bounds()
+    scale = float(numpy(affine_of(quantized).scale))
+    assert high - low == 255
+    np.testing.assert_allclose([low * scale, high * scale], [-0.5, 2.0], atol=0.02)
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def test_the_quantized_model_trains_saves_and_loads(tmp_path):
+    model = calibrate(quantize_model(small_model(), "w4a4"), images())
+    model.compile(keras.optimizers.SGD(0.05), "mse")
+    data, targets = images(16), np.ones((16, 2), "float32")
+    first = model.evaluate(data, targets, verbose=0)
+    model.fit(data, targets, epochs=5, batch_size=8, verbose=0)
+    assert model.evaluate(data, targets, verbose=0) < first
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(model.predict(data, verbose=0), loaded.predict(data, verbose=0))

@@ -1,0 +1,230 @@
+"""From a trained Keras model to a `.tflite` whose integers are the trained ones."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_lowbit import walk
+from keras_lowbit.integer import frozen as frozen_models
+from keras_lowbit.integer import graph as ir
+from keras_lowbit.integer.build import WEIGHTS, check_choice, integer_graph
+from keras_lowbit.integer.emit import NotExportable
+from keras_lowbit.integer.integer_op import IntegerOp
+from keras_lowbit.integer.lower import Lowering
+from keras_lowbit.kinds import kind_of
+from keras_lowbit.progress import table
+from keras_lowbit.transform import quantize_model
+from tflite_export import flatbuffer, runtime, targets
+from tflite_export.verify import Verification
+from tflite_export.verify import verify as compare
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A file and what is known of it. `print(result)` shows a table.
+
+    Args:
+        content: bytes of the `.tflite`.
+        graph: the integer graph it was written from.
+        target: name of the target.
+        weights: containers of kernels, as given.
+        verification: codes compared and wrong, tensor by tensor; `None` without images.
+    """
+
+    content: bytes
+    graph: ir.Graph
+    target: str
+    weights: str
+    verification: Verification | None
+
+    @property
+    def mismatches(self) -> int | None:
+        """Wrong codes over every tensor; `None` when nothing was verified."""
+        return None if self.verification is None else self.verification.wrong
+
+    @functools.cached_property
+    def frozen(self) -> keras.Model:
+        """The Keras model whose forward pass is the file's integer arithmetic."""
+        return frozen_models.build(self.graph)
+
+    @functools.cached_property
+    def report(self) -> dict:
+        """Sizes, kernel sets and counts, for a JSON file."""
+        kernels = runtime.kernel_sets(self.content)
+        counts = {} if self.verification is None else self.verification.by_tensor
+        rows = []
+        for op in self.graph:
+            count = counts.get(op.output)
+            product = isinstance(op, ir.Product)
+            rows.append(
+                {
+                    "tensor": op.output,
+                    "layer": op.source,
+                    "op": op.kind,
+                    "shape": list(self.graph.tensors[op.output].shape),
+                    "kernel_bits": op.kernel_bits if product else None,
+                    "storage": op.storage if product else None,
+                    "kernels": kernels.get(op.output, ""),
+                    "compared": None if count is None else count.compared,
+                    "wrong": None if count is None else count.wrong,
+                }
+            )
+        return {
+            "bytes": len(self.content),
+            "target": self.target,
+            "weights": self.weights,
+            "images": None if self.verification is None else self.verification.images,
+            "wrong": self.mismatches,
+            "ops": rows,
+        }
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the file under a temporary name, then rename; the path written.
+
+        Raises:
+            ValueError: the folder does not exist or cannot be written.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            temporary.write_bytes(self.content)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+        return path
+
+    def __str__(self) -> str:
+        report = self.report
+        columns = ("tensor", "op", "shape", "bits", "stored", "kernels", "wrong", "compared")
+        rows = [
+            (
+                row["tensor"],
+                row["op"],
+                "x".join(str(n) for n in row["shape"]),
+                row["kernel_bits"] or "",
+                row["storage"] or "",
+                row["kernels"],
+                "" if row["wrong"] is None else row["wrong"],
+                "" if row["compared"] is None else f"{row['compared']:,}",
+            )
+            for row in report["ops"]
+        ]
+        title = f"{report['bytes']:,} bytes for {self.target}, weights={self.weights}"
+        verdict = "not verified: pass verify=images"
+        if self.verification is not None:
+            verdict = str(self.verification)
+        return f"{table(title, columns, rows)}\n{verdict}"
+
+
+def convert(
+    model: keras.Model,
+    target: str = "android",
+    weights: str = "int8",
+    *,
+    input_type: str | None = None,
+    output_type: str = "float32",
+    verify=None,
+    batch: int = 1,
+) -> ExportResult:
+    """Write a quantized model as a `.tflite`, and prove it on images.
+
+    Args:
+        model: a trained model (quantized and calibrated), or one of `keras_lowbit.freeze`.
+        target: `"android"` (LiteRT, default kernels) or `"builtin"` (also tflite-runtime 2.14).
+        weights: `"int8"`, the fast form; `"int4"`, dense and pointwise kernels of 4 bits or less
+            as int4, exact too; `"int4_all"`, every kernel that fits, smallest, with k x k and
+            depthwise kernels on slower built-in kernels that round otherwise.
+        input_type: `"float32"`, `"uint8"` or `"int8"`; `None` takes float32 where the input's
+            grid allows it, else uint8 (raw pixels).
+        output_type: `"float32"`, `"uint8"` or `"int8"`.
+        verify: images, in the type of the file's input (whole-number arrays fit any of them).
+            Every tensor is compared with the reference interpreter, in LiteRT and in Keras.
+        batch: images that the file takes at a time.
+
+    Returns:
+        An `ExportResult`.
+
+    Raises:
+        NotExportable: layers that have no integer form, or that the target refuses, by name.
+        ValueError: an unknown target or type, or images that do not fit.
+    """
+    place = targets.find(target)
+    check_choice("weights", weights, WEIGHTS)
+    graph = _graph_of(model, input_type, output_type, weights, batch)
+    found = targets.objections(graph, place)
+    if found:
+        raise NotExportable(_sentence(place, found))
+    content = flatbuffer.write(graph)
+    result = ExportResult(content, graph, target, weights, None)
+    if verify is None:
+        return result
+    images = fitting_images(graph, verify)
+    keras_codes = frozen_models.tensors_of(result.frozen, images)
+    inside = {name: codes for name, codes in keras_codes.items() if name not in graph.inputs}
+    verification = compare(graph, content, images, inside)
+    made = ExportResult(content, graph, target, weights, verification)
+    # The frozen model was just built; the verified result hands out the same one.
+    made.__dict__["frozen"] = result.frozen
+    return made
+
+
+def _graph_of(model, input_type, output_type, weights, batch):
+    if any(isinstance(layer, IntegerOp) for layer in model.layers):
+        return frozen_models.graph_of(model)
+    return integer_graph(
+        model, batch=batch, input_type=input_type, output_type=output_type, weights=weights
+    )
+
+
+def fitting_images(graph: ir.Graph, images) -> dict[str, np.ndarray]:
+    """Images by input name, cast to each input's type where no value changes.
+
+    Raises:
+        ValueError: reals for an integer input, or another number of arrays than inputs.
+    """
+    if not isinstance(images, dict):
+        arrays = images if isinstance(images, (list, tuple)) else [images]
+        if len(arrays) != len(graph.inputs):
+            raise ValueError(f"The file has {len(graph.inputs)} inputs. Got {len(arrays)} arrays")
+        images = dict(zip(graph.inputs, arrays, strict=True))
+    cast = {}
+    for name, array in images.items():
+        array = np.asarray(array)
+        wanted = graph.tensors[name].dtype if name in graph.tensors else array.dtype
+        converted = array.astype(wanted)
+        if not np.array_equal(converted, array):
+            raise ValueError(
+                f"Input {name} takes {wanted}: the images hold other values "
+                f"({array.dtype}, {array.min()}..{array.max()})"
+            )
+        cast[name] = converted
+    return cast
+
+
+def check(model: keras.Model, target: str = "android") -> list[str]:
+    """Every objection to exporting a model, before anyone trains; empty where there is none.
+
+    Args:
+        model: a float or a quantized model; it need not be calibrated.
+        target: name of a target.
+
+    Raises:
+        ValueError: an unknown target, or a model without a graph.
+    """
+    targets.find(target)
+    program = walk.flatten(model)
+    if not any(kind_of(call) == "quantize" for call in program.calls):
+        program = walk.flatten(quantize_model(model, "w8a8"))
+    return Lowering(program, 1, "int8", dry=True).objections()
+
+
+def _sentence(place, found):
+    listed = "\n  ".join(found)
+    return f"{place.name} ({place.runtime}) has {len(found)} objections:\n  {listed}"

@@ -1,0 +1,299 @@
+"""An integer graph as the bytes of a `.tflite` file: the only file that knows the schema."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from keras_lowbit import __version__
+from keras_lowbit.integer import graph as ir
+from keras_lowbit.numerics.packing import pack
+from tflite_export.runtime import require
+
+flatbuffers = require("flatbuffers")
+schema = require("ai_edge_litert.schema_py_generated")
+
+SIGNATURE = "serving_default"
+FILE_IDENTIFIER = b"TFL3"
+_ALIGNMENT = 16  # what the runtime asks of constant data
+
+_Code = schema.BuiltinOperator
+
+
+def write(graph: ir.Graph, *, all_outputs: bool = False) -> bytes:
+    """The graph as a `.tflite` file.
+
+    Tensors keep their names and shapes; every operation gets the lowest version that expresses
+    it, so that old runtimes load the file.
+
+    Args:
+        graph: the integer graph.
+        all_outputs: make every computed tensor an output of the file: the verification copy.
+            Inside a delegate a tensor that is no output cannot be read.
+
+    Raises:
+        ValueError: for a storage, padding or activation that the format does not know.
+    """
+    writer = _Writer(graph)
+    for op in graph:
+        writer.add(op)
+    content = writer.finish()
+    return with_all_outputs(content) if all_outputs else content
+
+
+def with_all_outputs(content: bytes) -> bytes:
+    """A copy of a file whose outputs are all tensors that its operations compute.
+
+    This keeps the delegate's partition whole, so the copy computes what the file computes.
+
+    Raises:
+        ValueError: if `content` is no `.tflite` file.
+    """
+    if content[4:8] != FILE_IDENTIFIER:
+        raise ValueError(f"Not a .tflite file: it lacks the identifier {FILE_IDENTIFIER!r}.")
+    model = schema.ModelT.InitFromPackedBuf(content)
+    (subgraph,) = model.subgraphs
+    subgraph.outputs = [index for operator in subgraph.operators for index in operator.outputs]
+    model.signatureDefs = None  # it lists the outputs that were
+    for buffer in (b for b in model.buffers if b.data is not None):
+        buffer.__class__ = _AlignedBuffer
+    return _packed(model, len(content))
+
+
+def _packed(model, size_hint):
+    builder = flatbuffers.Builder(size_hint + 4096)
+    builder.Finish(model.Pack(builder), FILE_IDENTIFIER)
+    return bytes(builder.Output())
+
+
+def _new(kind, **fields):
+    """An object of the schema with some fields set; in LiteRT 2.0 they take no arguments."""
+    entry = kind()
+    for name, value in fields.items():
+        getattr(entry, name)  # a misspelt field is an error
+        setattr(entry, name, value)
+    return entry
+
+
+class _Writer:
+    """Collects tensors, buffers and operators in the order in which they are added."""
+
+    def __init__(self, graph):
+        self.graph = graph
+        self.buffers = [schema.BufferT()]  # buffer 0 means "no data"
+        self.buffer_index = {}  # equal constants share one buffer
+        self.codes = {}  # (operator, version) -> index
+        self.operators = []
+        self.tensors = []
+        self.index = {}
+        for name in (*graph.inputs, *(op.output for op in graph)):
+            t = graph.tensors[name]
+            grid = None if t.scale is None else _grid([t.scale], [t.zero_point])
+            self._append(name, t.shape, t.dtype, grid)
+
+    def _append(self, name, shape, dtype, grid=None, buffer=0):
+        self.index[name] = len(self.tensors)
+        tensor = _new(schema.TensorT, name=name, shape=list(shape), quantization=grid)
+        tensor.type, tensor.buffer = getattr(schema.TensorType, dtype.upper()), buffer
+        self.tensors.append(tensor)
+        return self.index[name]
+
+    def buffer(self, data: bytes):
+        if data not in self.buffer_index:
+            self.buffer_index[data] = len(self.buffers)
+            self.buffers.append(_new(_AlignedBuffer, data=np.frombuffer(data, np.uint8)))
+        return self.buffer_index[data]
+
+    def constant(self, name, array, dtype, grid=None):
+        """Add a constant tensor; returns its index."""
+        while name in self.index or name in self.graph.tensors:
+            name += "_"
+        data = pack(array, 4) if dtype == "int4" else np.ascontiguousarray(array, dtype)
+        return self._append(name, array.shape, dtype, grid, self.buffer(data.tobytes()))
+
+    def add(self, op):
+        code, version, constants, options = _OPERATIONS[type(op)](self, op)
+        operator = _new(
+            schema.OperatorT,
+            opcodeIndex=self.codes.setdefault((code, version), len(self.codes)),
+            inputs=[self.index[name] for name in op.inputs] + constants,
+            outputs=[self.index[op.output]],
+            # FooOptionsT travels in a union whose tag is FooOptions.
+            builtinOptionsType=getattr(schema.BuiltinOptions, type(options).__name__[:-1]),
+            builtinOptions=options,
+        )
+        self.operators.append(operator)
+
+    def finish(self):
+        inputs = {name: self.index[name] for name in self.graph.inputs}
+        outputs = {name: self.index[name] for name in self.graph.outputs}
+        subgraph = _new(schema.SubGraphT, tensors=self.tensors, operators=self.operators)
+        subgraph.inputs, subgraph.outputs = list(inputs.values()), list(outputs.values())
+        signature = _new(schema.SignatureDefT, signatureKey=SIGNATURE)
+        signature.inputs, signature.outputs = _tensor_maps(inputs), _tensor_maps(outputs)
+        note = _new(schema.MetadataT, name="keras_lowbit", buffer=self.buffer(__version__.encode()))
+        model = _new(
+            schema.ModelT,
+            version=3,
+            description=f"keras_lowbit {__version__}",
+            operatorCodes=[_operator_code(*key) for key in self.codes],
+            buffers=self.buffers,
+        )
+        model.subgraphs, model.signatureDefs, model.metadata = [subgraph], [signature], [note]
+        return _packed(model, sum(len(data) for data in self.buffer_index))
+
+
+class _AlignedBuffer(schema.BufferT):
+    """The generated `BufferT` aligns data to four bytes only."""
+
+    def Pack(self, builder):
+        builder.StartVector(1, len(self.data), _ALIGNMENT)
+        builder.head -= len(self.data)
+        builder.Bytes[builder.head : builder.head + len(self.data)] = self.data.tobytes()
+        data = builder.EndVector()
+        schema.BufferStart(builder)
+        schema.BufferAddData(builder, data)
+        return schema.BufferEnd(builder)
+
+
+def _grid(scales, zero_points, axis=0):
+    grid = _new(schema.QuantizationParametersT, quantizedDimension=axis)
+    grid.scale, grid.zeroPoint = np.asarray(scales, np.float32), np.asarray(zero_points, np.int64)
+    return grid
+
+
+def _tensor_maps(indices):
+    return [_new(schema.TensorMapT, name=n, tensorIndex=i) for n, i in indices.items()]
+
+
+def _operator_code(code, version):
+    entry = _new(schema.OperatorCodeT, builtinCode=code, version=version)
+    entry.deprecatedBuiltinCode = min(code, 127)  # one byte, for readers of old
+    return entry
+
+
+def _product(writer, op, kernel, axis):
+    """Constants of a product: the kernel in the runtime's layout, and the bias."""
+    if op.storage not in ("int8", "int4"):
+        raise ValueError(f"{op.output}: storage must be 'int8' or 'int4'. Got {op.storage!r}")
+    scales = np.broadcast_to(np.asarray(op.kernel_scale, np.float32), op.bias.shape)
+    zeros = np.zeros(len(scales), np.int64)
+    bias_scale = np.float32(writer.graph.tensors[op.inputs[0]].scale) * scales
+    return [
+        writer.constant(f"{op.output}/kernel", kernel, op.storage, _grid(scales, zeros, axis)),
+        writer.constant(f"{op.output}/bias", op.bias, "int32", _grid(bias_scale, zeros)),
+    ]
+
+
+def _activation(op):
+    if op.activation not in ir.ACTIVATIONS:
+        raise ValueError(
+            f"{op.output}: activation must be one of {ir.ACTIVATIONS}. Got {op.activation!r}"
+        )
+    return getattr(schema.ActivationFunctionType, op.activation.upper())
+
+
+def _window(op):
+    """Fields that convolutions and pools share."""
+    if op.padding not in ("SAME", "VALID"):
+        raise ValueError(f"{op.output}: padding must be 'SAME' or 'VALID'. Got {op.padding!r}")
+    padding = getattr(schema.Padding, op.padding)
+    return {"padding": padding, "strideH": op.strides[0], "strideW": op.strides[1]}
+
+
+def _convolution(op):
+    """Fields that both convolutions share."""
+    return _window(op) | {
+        "dilationHFactor": op.dilation[0],
+        "dilationWFactor": op.dilation[1],
+        "fusedActivationFunction": _activation(op),
+    }
+
+
+def _conv_2d(writer, op):
+    constants = _product(writer, op, np.transpose(op.kernel, (3, 0, 1, 2)), 0)
+    options = _new(schema.Conv2DOptionsT, **_convolution(op))
+    return _Code.CONV_2D, 7 if op.storage == "int4" else 3, constants, options
+
+
+def _depthwise_conv_2d(writer, op):
+    constants = _product(writer, op, op.kernel.reshape(1, *op.kernel.shape[:2], -1), 3)
+    options = _new(schema.DepthwiseConv2DOptionsT, **_convolution(op))
+    options.depthMultiplier = op.kernel.shape[3]
+    return _Code.DEPTHWISE_CONV_2D, 7 if op.storage == "int4" else 3, constants, options
+
+
+def _fully_connected(writer, op):
+    keep = len(writer.graph.tensors[op.inputs[0]].shape) > 2
+    version = 10 if op.storage == "int4" else 5 if keep else 4
+    options = _new(schema.FullyConnectedOptionsT, keepNumDims=keep)
+    options.fusedActivationFunction = _activation(op)
+    constants = _product(writer, op, np.transpose(op.kernel), 0)
+    return _Code.FULLY_CONNECTED, version, constants, options
+
+
+def _add(writer, op):
+    options = _new(schema.AddOptionsT, fusedActivationFunction=_activation(op))
+    return _Code.ADD, 2, [], options
+
+
+def _requantize(writer, op):
+    """ADD of a scalar zero: one delegated operation that rescales and clips at both ends."""
+    scale = writer.graph.tensors[op.inputs[0]].scale
+    zero = writer.constant(f"{op.output}/zero", np.zeros((), np.int8), "int8", _grid([scale], [0]))
+    code, version, constants, options = _add(writer, op)
+    return code, version, [*constants, zero], options
+
+
+def _pool(code, op):
+    options = _new(schema.Pool2DOptionsT, **_window(op))
+    options.filterHeight, options.filterWidth = op.pool
+    return code, 2, [], options
+
+
+def _concatenate(writer, op):
+    rank = len(writer.graph.tensors[op.output].shape)
+    options = _new(schema.ConcatenationOptionsT, axis=op.axis % rank)
+    return _Code.CONCATENATION, 2, [], options
+
+
+def _pad(writer, op):
+    paddings = writer.constant(f"{op.output}/paddings", np.asarray(op.paddings), "int32")
+    return _Code.PAD, 2, [paddings], schema.PadOptionsT()
+
+
+def _reshape(writer, op):
+    shape = writer.graph.tensors[op.output].shape
+    constant = writer.constant(f"{op.output}/shape", np.asarray(shape), "int32")
+    return _Code.RESHAPE, 1, [constant], _new(schema.ReshapeOptionsT, newShape=list(shape))
+
+
+def _softmax(writer, op):
+    return _Code.SOFTMAX, 2, [], _new(schema.SoftmaxOptionsT, beta=1.0)
+
+
+def _quantize(writer, op):
+    from_float = writer.graph.tensors[op.inputs[0]].dtype == "float32"
+    return _Code.QUANTIZE, 1 if from_float else 2, [], schema.QuantizeOptionsT()
+
+
+def _dequantize(writer, op):
+    from_uint8 = writer.graph.tensors[op.inputs[0]].dtype == "uint8"
+    return _Code.DEQUANTIZE, 1 if from_uint8 else 2, [], schema.DequantizeOptionsT()
+
+
+# Type of operation -> function(writer, op) -> (operator, version, constant tensors, options).
+_OPERATIONS = {
+    ir.Conv2D: _conv_2d,
+    ir.DepthwiseConv2D: _depthwise_conv_2d,
+    ir.FullyConnected: _fully_connected,
+    ir.Add: _add,
+    ir.Requantize: _requantize,
+    ir.MaxPool2D: lambda writer, op: _pool(_Code.MAX_POOL_2D, op),
+    ir.AveragePool2D: lambda writer, op: _pool(_Code.AVERAGE_POOL_2D, op),
+    ir.Concatenate: _concatenate,
+    ir.Pad: _pad,
+    ir.Reshape: _reshape,
+    ir.Softmax: _softmax,
+    ir.Quantize: _quantize,
+    ir.Dequantize: _dequantize,
+}
