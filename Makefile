@@ -19,13 +19,15 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow bench lint format clean
+.PHONY: help install demo test test-slow test-arm test-old-runtime bench lint format clean
 
 help:
 	@echo "make install             the virtual environment $(VENV) with the three backends"
 	@echo "make demo [DATA=x.npz]   the main job: train, quantize, export, verify"
 	@echo "make test                the tests, on: $(BACKENDS)"
 	@echo "make test-slow           whole models, and exactness on many random ones"
+	@echo "make test-arm            exported files in the aarch64 runtime, under qemu-user"
+	@echo "make test-old-runtime    exported files in tflite-runtime 2.14"
 	@echo "make bench               time of a training step against the float model"
 	@echo "make lint | make format  ruff"
 
@@ -56,6 +58,24 @@ test: install
 test-slow: install
 	@KERAS_BACKEND=$${KERAS_BACKEND:-tensorflow} $(BIN)/python -m pytest $(PYTEST_ARGS) \
 	  -m "slow and not bench and not network and not arm"
+
+# Debian's qemu and aarch64 Python, unpacked to .arm/ (0.5 GB); nothing is installed.
+test-arm: install
+	@$(BIN)/python -m tests.exactness.arm
+	@KERAS_BACKEND=$${KERAS_BACKEND:-tensorflow} $(BIN)/python -m pytest -q -s -m arm
+
+# The last tflite-runtime; its wheels end at Python 3.11.
+OLD := .venv-old
+OLD_PYTHON ?= python3.11
+
+$(OLD)/.installed:
+	@test -x $(OLD)/bin/python || $(OLD_PYTHON) -m venv $(OLD)
+	@$(OLD)/bin/python -m pip install --quiet "tflite-runtime==2.14.0" "numpy<2"
+	@touch $@
+
+test-old-runtime: install $(OLD)/.installed
+	@KERAS_BACKEND=$${KERAS_BACKEND:-tensorflow} $(BIN)/python -m pytest -q -s \
+	  tests/exactness/test_old_runtime.py
 
 bench: install
 	@status=0; for backend in $(BACKENDS); do \

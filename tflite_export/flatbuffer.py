@@ -60,7 +60,7 @@ def with_all_outputs(content: bytes) -> bytes:
 
 
 def _packed(model, size_hint):
-    builder = flatbuffers.Builder(size_hint + 4096)
+    builder = _Builder(size_hint + 4096)
     builder.Finish(model.Pack(builder), FILE_IDENTIFIER)
     return bytes(builder.Output())
 
@@ -142,6 +142,33 @@ class _Writer:
         return _packed(model, sum(len(data) for data in self.buffer_index))
 
 
+class _Builder(flatbuffers.Builder):
+    """A builder that writes equal vectors once; readers follow offsets and do not mind."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.vectors = {}
+
+    def shared(self, array):
+        """The offset of a vector with the content of `array`."""
+        key = (array.dtype.str, array.tobytes())
+        if key not in self.vectors:
+            self.vectors[key] = self.CreateNumpyVector(array)
+        return self.vectors[key]
+
+
+class _Grid(schema.QuantizationParametersT):
+    """Scales and zero points; a file of many channels holds the same zeros again and again."""
+
+    def Pack(self, builder):
+        scale, zero_point = builder.shared(self.scale), builder.shared(self.zeroPoint)
+        schema.QuantizationParametersStart(builder)
+        schema.QuantizationParametersAddScale(builder, scale)
+        schema.QuantizationParametersAddZeroPoint(builder, zero_point)
+        schema.QuantizationParametersAddQuantizedDimension(builder, self.quantizedDimension)
+        return schema.QuantizationParametersEnd(builder)
+
+
 class _AlignedBuffer(schema.BufferT):
     """The generated `BufferT` aligns data to four bytes only."""
 
@@ -156,7 +183,7 @@ class _AlignedBuffer(schema.BufferT):
 
 
 def _grid(scales, zero_points, axis=0):
-    grid = _new(schema.QuantizationParametersT, quantizedDimension=axis)
+    grid = _new(_Grid, quantizedDimension=axis)
     grid.scale, grid.zeroPoint = np.asarray(scales, np.float32), np.asarray(zero_points, np.int64)
     return grid
 

@@ -48,6 +48,8 @@ def _own_reason(call, quantized, readers):
         return f"{type(layer).__name__} has no quantized form"
     if kind == "product":
         return _product_reason(call, quantized)
+    if kind == "add" and len(call.inputs) == 1:
+        return "it adds a constant, which has no integer form"
     if kind == "activation":
         name = activation_name(layer)
         if name == "softmax":

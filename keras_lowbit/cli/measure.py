@@ -1,6 +1,9 @@
-"""Accuracy of Keras models and of exported files."""
+"""Accuracy of Keras models and of exported files, with its interval."""
 
 from __future__ import annotations
+
+import contextlib
+import math
 
 import keras
 import numpy as np
@@ -8,33 +11,139 @@ import numpy as np
 from keras_lowbit.progress import track
 from tflite_export import runtime
 
+Z95 = 1.959964  # normal quantile of 97.5 %
+_FLIGHT = 1 << 26  # bytes of float32 pixels in flight
+
 
 def keras_accuracy(model: keras.Model, x, y, batch_size: int = 250) -> float:
     """Share of right answers of a Keras model."""
-    found = keras_answers(model, x, batch_size)
-    return float((found == np.asarray(y)).mean())
+    return float((keras_answers(model, x, batch_size) == np.asarray(y)).mean())
 
 
-def keras_answers(model, x, batch_size=250) -> np.ndarray:
-    """Class with the largest output, for each image."""
-    outputs = model.predict(np.asarray(x).astype("float32"), batch_size=batch_size, verbose=0)
-    return outputs.argmax(-1)
-
-
-def file_answers(content: bytes, x) -> np.ndarray:
-    """Class with the largest output of a `.tflite`, for each image, by running the file."""
-    session = runtime.Session(content)
-    if len(session.inputs) != 1:
-        raise ValueError(f"The file has the inputs {list(session.inputs)}; accuracy needs one")
-    ((name, dtype),) = session.inputs.items()
+def keras_answers(model: keras.Model, x, batch_size: int = 250, what: str = "") -> np.ndarray:
+    """Class with the largest output, for each image; images may be read on demand."""
+    batch_size = min(batch_size, _fitting(x))
+    dtype = keras.backend.standardize_dtype(model.inputs[0].dtype)
     answers = []
-    x = np.asarray(x)
-    for start in track(range(0, len(x), 500), "run the file"):
-        outputs = session.run({name: x[start : start + 500].astype(dtype)})
-        answers.append(next(iter(outputs.values())).argmax(-1))
+    with _without_xla(model):
+        for part in _parts(x, 2 * batch_size, what or f"run {model.name}"):
+            outputs = model.predict(as_input(part, dtype), batch_size=batch_size, verbose=0)
+            answers.append(np.asarray(outputs).argmax(-1))
     return np.concatenate(answers)
+
+
+@contextlib.contextmanager
+def _without_xla(model):
+    """Keras' own choice on TensorFlow; it takes minutes to compile an integer model on a CPU."""
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    before, model.jit_compile = model.jit_compile, False
+    try:
+        yield
+    finally:
+        model.jit_compile = before
+
+
+def file_answers(content: bytes, x, what: str = "run the file") -> np.ndarray:
+    """Class with the largest output of a `.tflite`, for each image, by running the file.
+
+    Raises:
+        ValueError: several inputs or outputs, images of another size, or reals for a file that
+            takes pixels.
+    """
+    session = runtime.Session(content)
+    if len(session.inputs) != 1 or len(session.outputs) != 1:
+        raise ValueError(
+            f"Accuracy needs one input and one output. The file has {list(session.inputs)} and "
+            f"{list(session.outputs)}"
+        )
+    ((name, dtype),) = session.inputs.items()
+    batch, *shape = _input_shape(content)
+    if tuple(shape) != tuple(x.shape[1:]):
+        given, wanted = ("x".join(map(str, s)) for s in (x.shape[1:], shape))
+        raise ValueError(f"The images have {given} pixels; the file takes {wanted}")
+    answers = []
+    for part in _parts(x, max(1, min(500, _fitting(x)) // batch) * batch, what):
+        part, count = as_input(part, dtype), len(part)
+        missing = -count % batch
+        part = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
+        outputs = session.run({name: part})
+        answers.append(next(iter(outputs.values()))[:count].argmax(-1))
+    return np.concatenate(answers)
+
+
+def file_shape(content: bytes) -> tuple[int, ...]:
+    """Height, width and channels that a `.tflite` takes.
+
+    Raises:
+        ValueError: the runtime refuses the file, or it takes no single batch of images.
+    """
+    _, *shape = _input_shape(content)
+    return tuple(shape)
+
+
+def _input_shape(content):
+    details = runtime.open_interpreter(content).get_input_details()
+    shapes = [tuple(int(n) for n in detail["shape"]) for detail in details]
+    if len(shapes) != 1 or len(shapes[0]) != 4:
+        raise ValueError(f"the file must take one batch of images. Its inputs are {shapes}")
+    return shapes[0]
 
 
 def file_accuracy(content: bytes, x, y) -> float:
     """Share of right answers of a `.tflite`, by running the file."""
     return float((file_answers(content, x) == np.asarray(y)).mean())
+
+
+def as_input(images: np.ndarray, dtype) -> np.ndarray:
+    """Images in the type of a model's input; integer inputs take pixels (int8: pixel - 128).
+
+    Raises:
+        ValueError: reals that are no pixels, for an integer input.
+    """
+    dtype = np.dtype(dtype)
+    if dtype.kind == "f":
+        return images.astype(dtype)
+    pixels = images.astype("uint8") if images.min() >= 0 and images.max() <= 255 else None
+    if pixels is None or not np.array_equal(pixels, images):
+        raise ValueError(
+            f"The model takes {dtype}, so it needs pixels 0..255. The images hold "
+            f"{images.dtype} in {images.min():.4g}..{images.max():.4g}"
+        )
+    return pixels if dtype == np.uint8 else (pixels.astype("int16") - 128).astype(dtype)
+
+
+def score(answers: np.ndarray, y: np.ndarray) -> dict:
+    """Right answers, accuracy and its 95 % Wilson interval, for a JSON file."""
+    right, n = int((answers == np.asarray(y)).sum()), len(y)
+    return {"accuracy": right / n, "right": right, "images": n, "interval": wilson(right, n)}
+
+
+def wilson(right: int, n: int, z: float = Z95) -> list[float]:
+    """Wilson's interval of the share `p = right / n`.
+
+        (p + z^2 / 2n -+ z * sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    Reference:
+        Wilson, Probable inference, the law of succession, and statistical inference, 1927.
+    """
+    p, square = right / n, z * z / n
+    middle = p + square / 2
+    half = z * math.sqrt(p * (1 - p) / n + square / (4 * n))
+    return [(middle - half) / (1 + square), (middle + half) / (1 + square)]
+
+
+def shown(scored: dict) -> str:
+    """`91.40 % (90.83..91.93)`."""
+    low, high = scored["interval"]
+    return f"{scored['accuracy']:.2%} ({100 * low:.2f}..{100 * high:.2f})"
+
+
+def _fitting(x):
+    return max(1, _FLIGHT // (4 * math.prod(x.shape[1:])))
+
+
+def _parts(x, size, what):
+    for start in track(range(0, len(x), size), what):
+        yield np.asarray(x[start : start + size])

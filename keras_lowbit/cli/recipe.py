@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,19 +12,33 @@ from typing import Any
 
 from keras_lowbit.scheme import Scheme
 
+METHODS = ("mse", "minmax", "percentile")
+WEIGHTS = ("int8", "int4", "int4_all")
+TYPES = ("float32", "int8", "uint8")
+TARGETS = ("android", "builtin")
+COMPILING = ("auto", "on", "off")
+
 
 @dataclass(frozen=True)
 class Data:
-    """`name`: what `data.load` takes. `holdout`: training images set aside for choices."""
+    """`name`: what `data.load` takes. `holdout`: training images set aside for choices.
+
+    `size` (pixels, 0: as they are) and `channels` are for folders of images.
+    """
 
     name: str = "digits"
     holdout: int = 0
     seed: int = 0
+    size: int = 0
+    channels: int = 3
 
 
 @dataclass(frozen=True)
 class Model:
-    """`architecture`: a name of `keras_lowbit.zoo.build`. `weights`: a file with float weights."""
+    """`architecture`: a name of `keras_lowbit.zoo.build` or a float `.keras` file.
+
+    `weights`: a file with float weights; empty for random ones, or those of the `.keras` file.
+    """
 
     architecture: str = "resnet8"
     weights: str = ""
@@ -31,9 +46,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Scheme, number of training images and method for calibration; `""` trains a float model."""
+    """Scheme, number of training images and method for calibration; `""` trains a float model.
+
+    `ends_bits`: bits of the first and the last layer, 0 to treat them like the others.
+    `exceptions`: layer-name pattern to a scheme, or to `"float"` for a layer that stays float.
+    """
 
     scheme: str = "w8a8"
+    kernel: str = "lsq"
+    activation: str = "lsq"
+    per_channel: bool = True
+    ends_bits: int = 8
+    exceptions: dict[str, str] = field(default_factory=dict)
     calibration_images: int = 512
     method: str = "mse"
 
@@ -42,8 +66,13 @@ class Quantize:
 class Train:
     """One `fit`: SGD with momentum, cosine schedule after a linear warm-up of `warmup` epochs.
 
+    `clipnorm`: largest norm of all gradients together, 0 for no limit.
+    `augment` shifts images by up to `shift` pixels and, with `flip`, mirrors half of them.
     `bit_descent` maps an epoch (a string in TOML) to bits. `distill` mixes in the logits of the
     float model: loss = (1 - distill) * cross-entropy + distill * T^2 * KL(teacher, student).
+    `reestimate_batches`: batches of training images for batch-norm statistics after the last epoch.
+    `jit_compile`: `"auto"` leaves the choice to Keras, except for depthwise convolutions on
+    TensorFlow, which XLA makes slow on a CPU; `"on"`, `"off"`. Short runs are done sooner without.
     """
 
     epochs: int = 0
@@ -52,36 +81,74 @@ class Train:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 1e-4
+    clipnorm: float = 0.0
     warmup: float = 0.0
     augment: bool = True
+    flip: bool = True
+    shift: int = 4
     bit_descent: dict[str, int] = field(default_factory=dict)
     distill: float = 0.0
     temperature: float = 1.0
     reestimate_batches: int = 0
+    jit_compile: str = "auto"
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Export:
-    """Files to write: `weights` lists `"int8"`, `"int4"`, `"int4_all"`."""
+    """Files to write: `weights` lists `"int8"`, `"int4"`, `"int4_all"`; the rest as in `convert`.
+
+    `input_type`: empty for what the model allows. `verify_images`: training images on which every
+    tensor of a file is compared with the reference, 0 for none.
+    """
 
     weights: tuple[str, ...] = ("int8", "int4")
+    target: str = "android"
+    input_type: str = ""
+    output_type: str = "float32"
     verify_images: int = 16
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe; sections and keys are those of the TOML file."""
+    """A whole recipe; sections and keys are those of the TOML file.
+
+    `pretrain` is a `fit` of the float model, `train` one of the quantized model.
+    """
 
     name: str
     data: Data = Data()
     model: Model = Model()
+    pretrain: Train = Train()
     quantize: Quantize = Quantize()
     train: Train = Train()
     export: Export = Export()
 
+    @property
+    def scheme(self) -> Scheme | None:
+        """The scheme of the `[quantize]` section; `None` for a float model."""
+        given = self.quantize
+        if not given.scheme:
+            return None
+        exceptions = {k: None if v == "float" else v for k, v in given.exceptions.items()}
+        return dataclasses.replace(
+            Scheme.of(given.scheme),
+            kernel=given.kernel,
+            activation=given.activation,
+            per_channel=given.per_channel,
+            ends_bits=given.ends_bits or None,
+            exceptions=exceptions,
+        )
 
-_SECTIONS = {"data": Data, "model": Model, "quantize": Quantize, "train": Train, "export": Export}
+
+_SECTIONS = {
+    "data": Data,
+    "model": Model,
+    "pretrain": Train,
+    "quantize": Quantize,
+    "train": Train,
+    "export": Export,
+}
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -102,10 +169,26 @@ def read_recipe(path: str | Path) -> Recipe:
     for section, values in raw.items():
         if section not in _SECTIONS:
             raise ValueError(f"{path}: unknown section [{section}].{_near(section, _SECTIONS)}")
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: {section} must be a section, [{section}]. Got {values!r}")
         parts[section] = _section(values, _SECTIONS[section], f"{path} [{section}]")
-    recipe = Recipe(path.stem, **parts)
-    _check(recipe, path)
-    return recipe
+    return checked(Recipe(path.stem, **parts), str(path))
+
+
+def changed(recipe: Recipe, *, epochs=None, seed=None, data=None, weights=None) -> Recipe:
+    """A recipe with what the command line says in place of the file's values; `None` keeps."""
+    wanted = {
+        ("train", "epochs"): epochs,
+        ("train", "seed"): seed,
+        ("pretrain", "seed"): seed,
+        ("data", "name"): data,
+        ("model", "weights"): weights,
+    }
+    for (section, key), value in wanted.items():
+        if value is not None:
+            part = dataclasses.replace(getattr(recipe, section), **{key: value})
+            recipe = dataclasses.replace(recipe, **{section: part})
+    return checked(recipe, recipe.name)
 
 
 def _near(given, known):
@@ -121,35 +204,90 @@ def _section(values, cls, where):
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}.{_near(key, known)}")
         wanted = type(getattr(default, key))
-        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        if wanted is float and type(value) is int:
             value = float(value)
         if wanted is tuple and isinstance(value, list):
             value = tuple(value)
         if type(value) is not wanted:
-            raise ValueError(f"{where}: {key} must be {wanted.__name__}. Got {value!r}")
+            name = {"dict": "a table", "tuple": "a list"}.get(wanted.__name__, wanted.__name__)
+            raise ValueError(f"{where}: {key} must be {name}. Got {value!r}")
         made[key] = value
     return cls(**made)
 
 
-def _check(recipe, path):
-    if recipe.quantize.scheme:
-        Scheme.of(recipe.quantize.scheme)
-    train = recipe.train
-    for key, low in (("epochs", 0), ("batch_size", 1), ("reestimate_batches", 0)):
-        if getattr(train, key) < low:
-            raise ValueError(
-                f"{path} [train]: {key} must be at least {low}. Got {getattr(train, key)}"
-            )
-    if not train.learning_rate > 0:
+def checked(recipe: Recipe, path: str) -> Recipe:
+    """The recipe, or `ValueError` naming file, section and key of a value out of range."""
+    try:
+        scheme = recipe.scheme
+    except ValueError as error:
+        raise ValueError(f"{path} [quantize]: {error}") from error
+    at_least = {
+        "data": {"holdout": 0, "seed": 0, "size": 0},
+        "pretrain": _LEAST,
+        "quantize": {"calibration_images": 1, "ends_bits": 0},
+        "train": _LEAST,
+        "export": {"verify_images": 0},
+    }
+    one_of = {
+        ("data", "channels"): (1, 3),
+        ("quantize", "method"): METHODS,
+        ("pretrain", "jit_compile"): COMPILING,
+        ("train", "jit_compile"): COMPILING,
+        ("export", "target"): TARGETS,
+        ("export", "input_type"): ("", *TYPES),
+        ("export", "output_type"): TYPES,
+    }
+    for section, limits in at_least.items():
+        for key, low in limits.items():
+            value = getattr(getattr(recipe, section), key)
+            if not value >= low or math.isinf(value):
+                raise ValueError(f"{path} [{section}]: {key} must be at least {low}. Got {value}")
+    for (section, key), allowed in one_of.items():
+        value = getattr(getattr(recipe, section), key)
+        if value not in allowed:
+            raise ValueError(f"{path} [{section}]: {key} must be one of {allowed}. Got {value!r}")
+    weights = recipe.export.weights
+    if any(w not in WEIGHTS for w in weights) or len(set(weights)) < len(weights):
         raise ValueError(
-            f"{path} [train]: learning_rate must be positive. Got {train.learning_rate}"
+            f"{path} [export]: weights must list some of {WEIGHTS}, each once. Got {list(weights)}"
         )
+    for section in ("pretrain", "train"):
+        _check_fit(getattr(recipe, section), f"{path} [{section}]")
+    if scheme is None and recipe.train.bit_descent:
+        raise ValueError(f"{path} [train]: bit_descent needs a [quantize] scheme below 8 bits")
+    if recipe.pretrain.bit_descent or recipe.pretrain.distill:
+        raise ValueError(f"{path} [pretrain]: bit_descent and distill belong to [train]")
+    return recipe
+
+
+_LEAST = {
+    "epochs": 0,
+    "batch_size": 1,
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+    "clipnorm": 0.0,
+    "warmup": 0.0,
+    "shift": 0,
+    "reestimate_batches": 0,
+    "seed": 0,
+}
+
+
+def _check_fit(train, where):
+    for key in ("learning_rate", "temperature"):
+        value = getattr(train, key)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{where}: {key} must be positive. Got {value}")
     if not 0 <= train.distill <= 1:
-        raise ValueError(f"{path} [train]: distill must lie in 0..1. Got {train.distill}")
+        raise ValueError(f"{where}: distill must lie in 0..1. Got {train.distill}")
+    if train.epochs and train.warmup >= train.epochs:
+        raise ValueError(
+            f"{where}: warmup must be shorter than the {train.epochs} epochs. Got {train.warmup}"
+        )
     for epoch, bits in train.bit_descent.items():
-        if not epoch.isdigit() or int(epoch) >= max(train.epochs, 1):
+        if not epoch.isdecimal() or int(epoch) >= max(train.epochs, 1):
             raise ValueError(
-                f"{path} [train]: bit_descent: {epoch!r} is no epoch of 0..{train.epochs - 1}"
+                f"{where}: bit_descent: {epoch!r} is no epoch of 0..{max(train.epochs, 1) - 1}"
             )
-        if not isinstance(bits, int) or not 1 <= bits <= 8:
-            raise ValueError(f"{path} [train]: bit_descent: bits must be 1..8. Got {bits!r}")
+        if type(bits) is not int or not 1 <= bits <= 8:
+            raise ValueError(f"{where}: bit_descent: bits must be 1..8. Got {bits!r}")

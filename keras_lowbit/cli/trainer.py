@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
+import dataclasses
+import hashlib
+import importlib.metadata
+import platform
+import shutil
 import time
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
 import numpy as np
-from keras import ops
 
+import tflite_export
+from keras_lowbit import __version__
 from keras_lowbit import data as datasets
-from keras_lowbit import zoo
-from keras_lowbit.callbacks import BitDescent, Resume, ScaleGuard
-from keras_lowbit.transform import calibrate, quantize_model, reestimate_batchnorm
+from keras_lowbit.cli import files, measure
+from keras_lowbit.cli.fitting import fit, read_history
+from keras_lowbit.cli.recipe import Recipe, changed
+from keras_lowbit.progress import table
+from keras_lowbit.transform import calibrate, quantize_model
 
 
-def run_recipe(recipe, out: str | Path, *, data="", weights="", resume=True, verbose=1) -> dict:
+def run_recipe(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    data: str = "",
+    weights: str = "",
+    resume: bool = True,
+    verbose: int = 1,
+    tune: bool = False,
+) -> dict:
     """Make the model of a recipe in folder `out` and return its metrics.
 
-    Writes `model.keras` (latents included), the exported files, `history.csv` and `metrics.json`.
-    A killed run goes on where it was when started again with the same folder.
+    Writes `model.keras` (latents included), `float.keras` where the float model was trained,
+    `model_<weights>.tflite`, `history.csv` and `metrics.json`. Started again with the same folder,
+    a killed run goes on where it was and keeps the stages that are finished.
+
+    The images set aside by `data.holdout` are measured after each epoch; the test images are
+    looked at once, when everything is done.
 
     Args:
         recipe: `recipe.Recipe`.
@@ -31,149 +49,281 @@ def run_recipe(recipe, out: str | Path, *, data="", weights="", resume=True, ver
         data: overrides `recipe.data.name`.
         weights: overrides `recipe.model.weights`.
         resume: keep snapshots to go on from.
-        verbose: as in `fit`.
+        verbose: as in `fit` of Keras; 0 prints nothing.
+        tune: measure on the held-out images and leave the test images alone.
+
+    Raises:
+        ValueError: whatever the recipe, the data or the weights have wrong; `out` holds the
+            results of another recipe.
+        OSError: the disk is full.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    recipe = changed(recipe, data=data or None, weights=weights or None)
+    if tune and not recipe.data.holdout:
+        raise ValueError(f"{recipe.name}: tuning needs [data] holdout above 0")
+    settings = dataclasses.asdict(recipe)
+    settings["export"]["weights"] = list(settings["export"]["weights"])
+    job = {"recipe": settings, "backend": keras.backend.backend(), "tune": tune}
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; results need a folder")
     keras.utils.set_random_seed(recipe.train.seed)
-    dataset = datasets.load(data or recipe.data.name)
-    if recipe.data.holdout:
-        dataset = datasets.holdout(dataset, recipe.data.holdout, recipe.data.seed)
-    options = {"input_shape": dataset.image_shape, "classes": dataset.num_classes}
-    model = zoo.build(
-        recipe.model.architecture, weights=weights or recipe.model.weights or None, **options
+    dataset = datasets.load(
+        recipe.data.name, size=recipe.data.size or None, channels=recipe.data.channels
     )
-    teacher = None
-    if recipe.quantize.scheme:
-        teacher = model
-        model = quantized(model, recipe, dataset)
-    started = time.perf_counter()
-    if recipe.train.epochs:
-        fit(model, teacher, recipe, dataset, out, resume=resume, verbose=verbose)
-    seconds = time.perf_counter() - started
-    save(model, out / "model.keras")
-    metrics = {"recipe": asdict(recipe), "train_seconds": round(seconds, 1)}
-    metrics["backend"] = keras.backend.backend()
-    write_json(metrics, out / "metrics.json")
-    return metrics
+    chosen = dataset
+    if recipe.data.holdout:
+        chosen = datasets.holdout(dataset, recipe.data.holdout, recipe.data.seed)
+    model = float_model(recipe, dataset)
+    out.mkdir(parents=True, exist_ok=True)
+    stages = Stages(out, job)
+    return _Run(recipe, out, stages, chosen, resume, verbose).finish(
+        model, chosen if tune else dataset
+    )
+
+
+class Stages:
+    """What is finished in a folder, in `stages.json`; a folder belongs to one job."""
+
+    def __init__(self, out: Path, job: dict):
+        self.path = out / "stages.json"
+        self.found = files.read_json(self.path) or {"job": job, "done": {}}
+        if self.found["job"] != job:
+            raise ValueError(
+                f"{out} holds results of another recipe or backend "
+                f"({_difference(self.found['job'], job)}). Give another --out, or remove it"
+            )
+
+    def once(self, name: str, work: Callable[[], dict], *made: Path) -> dict:
+        """What `work` returned, now or in an earlier run whose files `made` are still there."""
+        done = self.found["done"]
+        if name not in done or not all(path.is_file() for path in made):
+            done[name] = work()
+            files.write_json(self.found, self.path)
+        return done[name]
+
+
+@dataclasses.dataclass
+class _Run:
+    recipe: Recipe
+    out: Path
+    stages: Stages
+    chosen: datasets.Dataset
+    resume: bool
+    verbose: int
+
+    def finish(self, model, judged) -> dict:
+        """All stages in order; the metrics."""
+        say = print if self.verbose else lambda *_: None
+        model = self._trained("float", model, self.recipe.pretrain, None)
+        trained = {"float": model}
+        results = {}
+        if self.recipe.scheme is not None:
+            made = self.out / "model.keras"
+            student = None if made.is_file() else quantized(model, self.recipe, self.chosen)
+            student = self._trained("model", student, self.recipe.train, model)
+            trained["quantized"] = student
+            results = {w: self._exported(student, w) for w in self.recipe.export.weights}
+        else:
+            trained["float"] = self._trained("model", model, self.recipe.train, None)
+        metrics = self._metrics(trained, results, judged)
+        files.write_json(metrics, self.out / "metrics.json")
+        say(report(metrics, self.out))
+        return metrics
+
+    def _trained(self, name, model, train, teacher):
+        """The model after a `fit`, from its file where that is finished."""
+        path = self.out / f"{name}.keras"
+        if name == "float" and not train.epochs:
+            return model
+        # The entry and the file: a file alone may be of a run that was cut short.
+        if name in self.stages.found["done"] and path.is_file():
+            return files.load_model(path)
+        if model is None:
+            model = quantized(teacher, self.recipe, self.chosen)
+        backup = self.out / f"backup_{name}"
+
+        def work():
+            started = time.perf_counter()
+            if train.epochs:
+                fit(
+                    model,
+                    train,
+                    self.chosen,
+                    teacher=teacher,
+                    held_out=self.chosen if self.recipe.data.holdout else None,
+                    history=self._history(name),
+                    backup=backup if self.resume else None,
+                    verbose=self.verbose,
+                )
+            files.save(model, path)
+            return {"seconds": round(time.perf_counter() - started, 1)}
+
+        self.stages.once(name, work, path)
+        shutil.rmtree(backup, ignore_errors=True)
+        return model
+
+    def _history(self, name):
+        return self.out / ("history.csv" if name == "model" else "history_float.csv")
+
+    def _exported(self, model, weights):
+        """The verified file; `None` where it is finished."""
+        path = self.out / f"model_{weights}.tflite"
+        export = self.recipe.export
+        images = None
+        result = None
+
+        def work():
+            nonlocal result, images
+            if export.verify_images:
+                images = np.asarray(self.chosen.x_train[: export.verify_images])
+            kind = export.input_type or None
+            convert = {"target": export.target, "weights": weights, "input_type": kind}
+            convert["output_type"] = export.output_type
+            result = tflite_export.convert(model, **convert)
+            if images is not None:
+                tensor = result.graph.tensors[result.graph.inputs[0]]
+                images = measure.as_input(images, tensor.dtype)
+                result = tflite_export.convert(model, **convert, verify=images)
+            with files.replacing(path) as temporary:
+                temporary.write_bytes(result.content)
+            return {
+                "bytes": len(result.content),
+                "sha256": hashlib.sha256(result.content).hexdigest(),
+                "wrong_codes": result.mismatches,
+                "compared_codes": result.verification and result.verification.compared,
+                "verify_images": export.verify_images,
+            }
+
+        self.stages.once(f"file_{weights}", work, path)
+        return result
+
+    def _metrics(self, models, results, judged):
+        """Accuracies on the images that judge, through models and files."""
+        x, y = judged.x_test, judged.y_test
+        found, answers = {}, {}
+        for name, model in models.items():
+
+            def of_model(name=name, model=model):
+                answers[name] = measure.keras_answers(model, x, what=f"measure the {name} model")
+                return measure.score(answers[name], y)
+
+            found[name] = self.stages.once(f"accuracy_{name}", of_model)
+        outputs = {}
+        if results:
+            found["frozen"] = self.stages.once(
+                "accuracy_frozen", lambda: self._frozen(models["quantized"], results, x, y)
+            )
+        for weights in results:
+            path = self.out / f"model_{weights}.tflite"
+
+            def of_file(weights=weights, path=path):
+                said = measure.file_answers(path.read_bytes(), x, f"run {path.name}")
+                if "quantized" not in answers:
+                    answers["quantized"] = measure.keras_answers(models["quantized"], x)
+                same = float((said == answers["quantized"]).mean())
+                return {**measure.score(said, y), "agreement": same}
+
+            found[weights] = self.stages.once(f"accuracy_{weights}", of_file)
+            outputs[path.name] = self.stages.found["done"][f"file_{weights}"]
+        done = self.stages.found["done"]
+        return {
+            **self.stages.found["job"],
+            "data": str(judged),
+            "judged_on": "held-out images" if self.stages.found["job"]["tune"] else "test images",
+            "versions": versions(),
+            "train_seconds": done["model"]["seconds"],
+            "accuracy": found,
+            "files": outputs,
+            "history": read_history(self._history("model")),
+        }
+
+    def _frozen(self, model, results, x, y):
+        first, result = next(iter(results.items()))
+        if result is None:
+            export = self.recipe.export
+            result = tflite_export.convert(
+                model,
+                target=export.target,
+                weights=first,
+                input_type=export.input_type or None,
+                output_type=export.output_type,
+            )
+        answers = measure.keras_answers(result.frozen, x, what="measure the frozen model")
+        return measure.score(answers, y)
+
+
+def float_model(recipe, dataset):
+    """The float model of a recipe, fit for the images.
+
+    Raises:
+        ValueError: an unknown architecture, weights that do not fit, images of another size.
+    """
+    name, weights = recipe.model.architecture, recipe.model.weights
+    options = {"input_shape": dataset.image_shape, "classes": dataset.num_classes}
+    model = files.build_float(name, weights, **options)
+    shape, classes = files.image_shape(model), model.output_shape[-1]
+    if any(w not in (None, got) for w, got in zip(shape, dataset.image_shape, strict=True)):
+        raise ValueError(f"{name} takes images {shape}; {dataset.name} has {dataset.image_shape}")
+    if classes < dataset.num_classes:
+        raise ValueError(
+            f"{name} tells {classes} classes apart; {dataset.name} has {dataset.num_classes}"
+        )
+    return model
 
 
 def quantized(model, recipe, dataset):
     """The quantized, calibrated model of a recipe."""
-    quantized_model = quantize_model(model, recipe.quantize.scheme)
-    images = dataset.x_train[: recipe.quantize.calibration_images]
-    return calibrate(quantized_model, np.asarray(images), method=recipe.quantize.method)
+    images = np.asarray(dataset.x_train[: recipe.quantize.calibration_images])
+    made = quantize_model(model, recipe.scheme)
+    return calibrate(made, images, method=recipe.quantize.method)
 
 
-def fit(model, teacher, recipe, dataset, out, *, resume, verbose):
-    """Train in place, with the recipe's callbacks."""
-    train = recipe.train
-    if train.augment:
-        batches = datasets.AugmentedBatches(
-            dataset.x_train, dataset.y_train, train.batch_size, seed=train.seed, drop_remainder=True
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {"python": platform.python_version(), "keras_lowbit": __version__}
+    for name in ("keras", "numpy", "ai-edge-litert", "jax", "torch", "tensorflow"):
+        for distribution in (name, f"{name}-cpu"):
+            try:
+                found[name] = importlib.metadata.version(distribution)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            break
+    return found
+
+
+def report(metrics: dict, out: Path) -> str:
+    """A table of what was measured."""
+    rows = []
+    for name, scored in metrics["accuracy"].items():
+        file = metrics["files"].get(f"model_{name}.tflite", {})
+        wrong = file.get("wrong_codes")
+        checked = "" if wrong is None else f"{wrong} of {file['compared_codes']:,}"
+        size, same = file.get("bytes"), scored.get("agreement")
+        rows.append(
+            (
+                str(out / f"model_{name}.tflite") if file else name,
+                measure.shown(scored),
+                "" if size is None else f"{size:,}",
+                "" if same is None else f"{same:.2%}",
+                checked,
+            )
         )
-    else:
-        batches = datasets.Batches(dataset.x_train, dataset.y_train, train.batch_size)
-    steps = len(batches) * train.epochs
-    optimizer = keras.optimizers.SGD(
-        cosine(train, steps, len(batches)),
-        momentum=train.momentum,
-        nesterov=train.nesterov,
-        weight_decay=train.weight_decay or None,
-    )
-    # Scales and batch norm keep their size: decay would only fight what they fit.
-    kept = ["scale", "gamma", "beta", "bias"]
-    if train.weight_decay:
-        optimizer.exclude_from_weight_decay(var_names=kept)
-    callbacks = [keras.callbacks.CSVLogger(str(out / "history.csv"), append=True), ScaleGuard()]
-    if train.augment:
-        callbacks.append(batches.follow_epochs())
-    if train.bit_descent:
-        plan = {int(epoch): bits for epoch, bits in train.bit_descent.items()}
-        callbacks.append(BitDescent(plan, verbose=1))
-    if resume:
-        callbacks.append(Resume(out / "backup"))
-    learner = model
-    if train.distill and teacher is not None:
-        learner = distiller(teacher, model, train)
-    learner.compile(
-        optimizer=optimizer,
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=ends_in_logits(model)),
-        metrics=["accuracy"],
-        jit_compile=jit_compile_for(model),
-    )
-    learner.fit(
-        batches,
-        epochs=train.epochs,
-        validation_data=validation(recipe, dataset),
-        callbacks=callbacks,
-        verbose=verbose,
-        shuffle=False,
-    )
-    if train.reestimate_batches:
-        count = train.reestimate_batches * train.batch_size
-        reestimate_batchnorm(model, dataset.x_train[:count], batch_size=train.batch_size)
+    columns = ("model", "accuracy (95 %)", "bytes", "same as quantized", "wrong codes")
+    count = next(iter(metrics["accuracy"].values()))["images"]
+    return table(f"{metrics['data']}: {count:,} {metrics['judged_on']}", columns, rows)
 
 
-def validation(recipe, dataset):
-    """Batches of the images set aside for choices, or `None`: test images are not for choosing."""
-    if not recipe.data.holdout:
-        return None
-    return datasets.Batches(dataset.x_test, dataset.y_test, recipe.train.batch_size)
+def wrong_codes(metrics: dict) -> int:
+    """Wrong codes over all files."""
+    return sum(file["wrong_codes"] or 0 for file in metrics["files"].values())
 
 
-def distiller(teacher, student, train):
-    """Keras' distiller around the student: frozen float teacher, logits."""
-    teacher.trainable = False
-    return keras.distillation.Distiller(
-        teacher=teacher,
-        student=student,
-        distillation_losses=keras.distillation.LogitsDistillation(temperature=train.temperature),
-        distillation_loss_weights=1.0,
-        student_loss_weight=1.0 - train.distill,
-    )
-
-
-def cosine(train, steps, epoch_steps):
-    """Cosine to zero after a linear warm-up."""
-    warmup = math.floor(train.warmup * epoch_steps)
-    if not warmup:
-        return keras.optimizers.schedules.CosineDecay(train.learning_rate, steps)
-    return keras.optimizers.schedules.CosineDecay(
-        train.learning_rate / 10,
-        steps - warmup,
-        warmup_target=train.learning_rate,
-        warmup_steps=warmup,
-    )
-
-
-def ends_in_logits(model) -> bool:
-    """Whether a model's outputs are logits rather than probabilities."""
-    probe = ops.convert_to_numpy(model(np.zeros((1, *model.input_shape[1:]), "float32")))
-    return not (np.all(probe >= 0) and abs(float(probe.sum()) - 1.0) < 1e-3)
-
-
-def jit_compile_for(model):
-    """`False` for nets with depthwise convolutions on TensorFlow, else Keras' own choice.
-
-    XLA's depthwise convolutions are several times slower on a CPU.
-    """
-    depthwise = any("Depthwise" in type(layer).__name__ for layer in model.layers)
-    return False if depthwise and keras.backend.backend() == "tensorflow" else "auto"
-
-
-def save(model, path: Path) -> None:
-    """Save under a temporary name, then rename: a crash leaves the old file."""
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        model.save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(content: dict, path: Path) -> None:
-    """Write JSON under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True, default=float) + "\n")
-    os.replace(temporary, path)
+def _difference(old, new, prefix=""):
+    """The first setting that differs, as `train.epochs: 3, now 4`."""
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if a != b and isinstance(a, dict) and isinstance(b, dict):
+            return _difference(a, b, f"{prefix}{key}.")
+        if a != b:
+            return f"{prefix}{key}: {a!r}, now {b!r}"
+    return ""

@@ -134,15 +134,17 @@ def _stored(op, tensors, weights):
     if not isinstance(op, ir.Product) or weights == "int8" or op.kernel_bits > 4:
         return op
     fits = op.kernel.size and op.kernel.min() >= -8 and op.kernel.max() <= 7
+    # The delegate leaves an odd number of input channels in int4 to kernels that round otherwise.
+    exact = op.kernel.shape[-2] % 2 == 0
     if isinstance(op, ir.FullyConnected):
-        return replace(op, storage="int4") if fits else op
+        return replace(op, storage="int4") if fits and (exact or weights == "int4_all") else op
     pointwise = (
         isinstance(op, ir.Conv2D)
         and op.kernel.shape[:2] == (1, 1)
         and op.strides == (1, 1)
         and op.kernel.shape[2] == tensors[op.inputs[0]].shape[-1]
     )
-    if pointwise and fits:
+    if pointwise and fits and exact:
         # Only as FULLY_CONNECTED does the delegate take a pointwise kernel of int4.
         shared = {f.name: getattr(op, f.name) for f in fields(ir.Product)}
         shared.update(kernel=op.kernel[0, 0], storage="int4")

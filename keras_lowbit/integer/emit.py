@@ -22,7 +22,7 @@ from keras_lowbit.numerics.grid import Grid
 
 LARGEST_BIAS = 2**30
 SMALLEST_MULTIPLIER = 2.0**-30
-LARGEST_MULTIPLIER = 256.0
+LARGEST_MULTIPLIER = 255.5  # the runtime refuses 256
 
 
 class NotExportable(ValueError):
@@ -237,15 +237,24 @@ class Emitter:
                     f"{value.source}: inputs and output of an addition must sit on 8-bit grids. "
                     f"Got {part.grid.bits} bits at {part.tensor}; quantize_model puts them there"
                 )
-            if not 2.0**-10 <= float(part.grid.scale) / float(grid.scale) < 2.0**8:
-                raise NotExportable(
-                    f"{value.source}: the scale of {part.tensor} is "
-                    f"{float(part.grid.scale) / float(grid.scale):.3g} times that of the sum; "
-                    "the runtime adds exactly for ratios in [2^-10, 2^8). Calibrate on more images"
-                )
-        inputs = (value.first.tensor, value.second.tensor)
+        parts = [self._summand(part, grid, value.source) for part in (value.first, value.second)]
+        inputs = tuple(part.tensor for part in parts)
         self.ops.append(ir.Add(inputs, made.tensor, value.source, activation=activation))
         return made
+
+    def _summand(self, part, grid, source):
+        """`part` on a grid that the runtime adds exactly: scale ratios in [2^-10, 2^8)."""
+        ratio = float(part.grid.scale) / float(grid.scale)
+        if ratio >= 2.0**8:
+            raise NotExportable(
+                f"{source}: the scale of {part.tensor} is {ratio:.3g} times that of the sum; "
+                "the runtime adds exactly for ratios in [2^-10, 2^8). Calibrate on more images"
+            )
+        if ratio > 2.0**-9.5:
+            return part
+        # All its codes together are less than half a code of the sum: a coarser grid will do.
+        coarse = replace(part.grid, scale=float(grid.scale) * 2.0**-9)
+        return self.put(part, coarse, f"{part.tensor}_coarse")
 
     def _requantize(self, value, grid, name):
         """A depthwise 1x1 convolution of ones: any two grids, one rounding, one fused clip."""
@@ -256,12 +265,15 @@ class Emitter:
             self.put(part, grid, f"{name}_{i}" if len(value.parts) > 1 else f"{name}_source")
             for i, part in enumerate(value.parts)
         ]
-        written = {(self.tensors[p.tensor].scale, self.tensors[p.tensor].zero_point) for p in parts}
-        if len(written) > 1:
-            raise NotExportable(
-                f"{value.source}: its inputs end at different values (one behind a ReLU6?); "
-                "give their quantizers max_value=6, as quantize_model does"
-            )
+        if len({self._written(part) for part in parts}) > 1:
+            # One of them ends at a ReLU6 of its own: the same codes, on the grid's own container.
+            plain = container(grid)
+            parts = [
+                part
+                if self._written(part) == (float(np.float32(plain.scale)), plain.zero_point)
+                else self.put(identity(part, value.source), grid, f"{part.tensor}_same")
+                for part in parts
+            ]
         wanted = self.name(name)
         source = self.tensors[parts[0].tensor]
         self.tensors[wanted] = replace(source, name=wanted, shape=tuple(value.shape))
@@ -271,6 +283,11 @@ class Emitter:
         if value.op is ir.Pad:
             self.padded[wanted] = (parts[0], value.attributes["paddings"])
         return made
+
+    def _written(self, part):
+        """What the runtime compares: scale and zero point of a tensor."""
+        tensor = self.tensors[part.tensor]
+        return tensor.scale, tensor.zero_point
 
     def _image(self, value, grid, name):
         """The int8 form of an input, written in units of what the model is given."""
@@ -324,9 +341,11 @@ def integer_product(value: Linear, made: OnGrid, weights: str = "int8"):
     kind and width only.
 
     A channel without gain, or whose bias would not fit, gets zero codes and the output's unit.
+    A channel one unit of whose sums is more codes than int8 has saturates on every sum but zero,
+    so its scale is capped where the runtime still loads it: no code changes.
 
     Raises:
-        NotExportable: a multiplier of 256 or more: the output's scale is far too small.
+        NotExportable: NaN or infinite weights.
     """
     largest = {1: 1, 2: 2, 3: 4}.get(value.kernel_bits, 2 ** (value.kernel_bits - 1) - 1)
     unit = max(largest_code(value.op, value.kernel, weights) // largest, 1)
@@ -343,22 +362,17 @@ def integer_product(value: Linear, made: OnGrid, weights: str = "int8"):
         kernel = np.where(dead.reshape(kernel.shape[-2:]), 0, kernel)
     else:
         kernel = np.where(dead, 0, kernel)
-    multiplier = scale_in * scale / scale_out
-    if (multiplier >= LARGEST_MULTIPLIER).any():
-        raise NotExportable(
-            f"{value.source}: one unit of its sums is {multiplier.max():.3g} codes of its output; "
-            "the runtime takes less than 256. Calibrate on more images"
-        )
     if not np.all(np.isfinite(bias)) or not np.all(np.isfinite(scale)):
         raise NotExportable(f"{value.source}: NaN or infinite weights")
     limit = 2.0**31 - 1
     bias_codes = np.clip(np.rint(bias / (scale_in * scale)), -limit, limit).astype(np.int32)
+    scale = np.minimum(scale, LARGEST_MULTIPLIER * scale_out / scale_in)
     written = scale * (made.factor / value.inputs.factor)
     return kernel.astype(np.int8), written.astype(np.float32), bias_codes
 
 
 def kernel_codes(layer, kernel, quantizer):
-    """`(integer codes, true scales by output channel, bits)` as the trained layer computes them."""
+    """`(integer codes, true scales by output channel, bits that hold them)` as the trained layer computes them."""
     if quantizer is None:
         raise NotExportable(f"{layer.name}: its kernel has no quantizer, it would stay float")
     codes, scale = quantizer.encode(ops.convert_to_tensor(kernel))
@@ -369,7 +383,7 @@ def kernel_codes(layer, kernel, quantizer):
     scale = np.asarray(ops.convert_to_numpy(scale), np.float64)
     if not np.all(np.isfinite(scale)) or not np.all(scale > 0):
         raise NotExportable(f"{layer.name}: kernel scales are not positive and finite")
-    return codes, np.broadcast_to(scale.reshape(-1), (channels,)).copy(), quantizer.bits
+    return codes, np.broadcast_to(scale.reshape(-1), (channels,)).copy(), quantizer.code_width
 
 
 def _is_depthwise(layer, kernel):

@@ -28,6 +28,7 @@ from keras_lowbit.integer.emit import (
     with_relu,
 )
 from keras_lowbit.kinds import activation_name, kind_of
+from keras_lowbit.numerics.grid import Grid
 
 
 class Lowering:
@@ -70,17 +71,24 @@ class Lowering:
         return rule(self, call)
 
     def objections(self) -> list[str]:
-        """All that stands against an integer graph; calls behind an objection are skipped."""
+        """All that stands against an integer graph, each call looked at by itself."""
         found = []
         for call in self.program.calls:
-            if all(ref.index in self.values for ref in call.inputs[:1]):
-                try:
-                    self.values[walk.refs(call.outputs)[0].index] = self.lower(call)
-                except NotExportable as objection:
-                    found.append(str(objection))
-                except KeyError:
-                    # A later input lies behind an objection that is listed already.
-                    continue
+            # Scales travel beside codes and are no values here.
+            if not all(ref.index in self.values for ref in call.inputs if ref.shape):
+                continue  # behind a tensor whose size is not known
+            made = walk.refs(call.outputs)
+            try:
+                self.values[made[0].index] = self.lower(call)
+            except NotExportable as objection:
+                found.append(str(objection))
+                # An 8-bit tensor stands in, so that calls behind this one are heard too.
+                stand_in = Grid(1.0, -128, 127, 8)
+                for ref in made:
+                    if None not in ref.shape[1:]:
+                        shape = self.shape(ref)
+                        value, _ = self.emitter.tensor(call.name, shape, stand_in)
+                        self.values[ref.index] = value
         return found
 
     def read(self, call, position=0):
@@ -114,12 +122,17 @@ def _quantize(lowering, call):
     return _on_grid(lowering, call, lowering.read(call), quantizer)
 
 
-def _on_grid(lowering, call, value, quantizer):
+def _grid(lowering, call, quantizer):
+    """The grid of an activation quantizer that has seen data."""
     if not lowering.dry and not float(ops.convert_to_numpy(quantizer.calibrated)):
         raise NotExportable(
             f"{call.name} is not calibrated. Run keras_lowbit.calibrate(model, images) first"
         )
-    grid = quantizer.grid()
+    return quantizer.grid()
+
+
+def _on_grid(lowering, call, value, quantizer):
+    grid = _grid(lowering, call, quantizer)
     name = lowering.tensor_name(call.inputs[0])
     if isinstance(value, Image):
         offset = getattr(quantizer, "offset", 0.0)
@@ -156,7 +169,9 @@ def _product(lowering, call):
         value = _linear(lowering, call, value, layer.kernel, layer.kernel_quantizer, layer.bias)
     value = _activated(value, activation_name(layer), call)
     if layer.output_quantizer is not None:
-        value = lowering.emitter.put(value, layer.output_quantizer.grid(), call.name)
+        value = lowering.emitter.put(
+            value, _grid(lowering, call, layer.output_quantizer), call.name
+        )
     return value
 
 
@@ -174,7 +189,9 @@ def _separable(lowering, call, value):
         None,
         shape=(*spatial, value.shape[-1] * layer.depth_multiplier),
     )
-    between = lowering.emitter.put(first, layer.between_quantizer.grid(), f"{call.name}/depthwise")
+    between = lowering.emitter.put(
+        first, _grid(lowering, call, layer.between_quantizer), f"{call.name}/depthwise"
+    )
     return _linear(
         lowering,
         call,

@@ -98,6 +98,15 @@ class Quantizer(keras.layers.Layer):
             return self._initial_bits
         return int(ops.convert_to_numpy(self.bits_variable))
 
+    @property
+    def code_width(self) -> int:
+        """Bits of a two's complement that holds every code of a kernel.
+
+        That is `bits`, and one more where codes pass `2^(bits - 1)`, as DoReFa's odd numbers do.
+        """
+        bits = self.bits
+        return bits + int(max(map(abs, self.static_bounds())) > 2 ** (bits - 1))
+
     def set_bits(self, bits: int) -> None:
         """Change the width of a code; compiled steps see it.
 

@@ -29,9 +29,10 @@ class LSQ(Quantizer):
 
     Gradient:
         To `x`: 1 for `lo - 0.5 <= x / scale <= hi + 0.5`, else 0 (1 bit: 1 for `|x| <= 1`).
-        To the scale: `code - x / scale` inside, `code` outside, times `1 / sqrt(N * hi)`; N counts
-        the weights that share a scale, or the features of one sample (not the batch).
-        At 1 bit the scale gets none. `max_value` caps the scale's value, not its gradient.
+        To the scale: `code - x / scale` inside, `code` outside, times `1 / sqrt(N * hi)`, above 4
+        bits also times `(hi(4) / hi)^2`; N counts the weights that share a scale, or the features
+        of one sample (not the batch). At 1 bit the scale gets none. `max_value` caps the scale's
+        value, not its gradient.
 
     Reference:
         Esser et al., Learned Step Size Quantization, ICLR 2020, arXiv:1902.08153: eqs. 1-3,

@@ -1,9 +1,7 @@
-"""From a float Keras model to a quantized one: which tensors get a grid, and of how many bits.
+"""From a float Keras model to a quantized one.
 
-A grid belongs to a tensor. A tensor whose readers all ask for the same width gets one `Quantize`;
-a tensor that is added, pooled, normalized, or read at two widths is a *stream*: it sits on an
-8-bit grid, and a reader with fewer bits re-quantizes it. Calls that only move codes
-(`kinds.TRANSPARENT`) pass a grid on.
+`transform.plan` says which tensors get a grid; here the model is rebuilt with a `Quantize` layer
+for each. Calls that only move codes (`kinds.TRANSPARENT`) pass a grid on.
 """
 
 from __future__ import annotations
@@ -18,9 +16,9 @@ from keras import ops
 from keras_lowbit import layers, quantizers, walk
 from keras_lowbit.kinds import TRANSPARENT, activation_name, kind_of
 from keras_lowbit.scheme import Scheme
+from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
+from keras_lowbit.transform.plan import STREAM_BITS, Plan
 
-STREAM_BITS = 8
-_STREAM_READERS = frozenset({"add", "average_pool", "global_average_pool"})
 _EXPORTABLE_ACTIVATIONS = ("linear", "relu", "relu6")
 
 _QUANTIZED = {
@@ -91,9 +89,7 @@ class _Builder:
         self.program = program
         self.scheme = scheme
         self.input_range = input_range
-        self.readers = program.readers()
-        self.producers = program.producers()
-        self.output_refs = walk.refs(program.outputs)
+        self.plan = Plan(program, scheme)
         self.entries: dict[int, _Entry] = {}
         self.clones: dict[int, Any] = {}
         self.names: set[str] = set()
@@ -137,7 +133,7 @@ class _Builder:
 
     def _product(self, call):
         ref = call.inputs[0]
-        widths = self._widths(call)
+        widths = self.plan.widths(call)
         if widths is None:
             return _Entry(values=self._clone(call, {ref.index: self._values(ref)}))
         pair = self._grid(ref, widths.activation_bits)
@@ -145,9 +141,9 @@ class _Builder:
         layer, activation, fresh = self._quantized_layer(call, widths, needs_bias=bool(offset))
         outputs = layer(pair)
         if fresh:
-            _copy_weights(call.operation, layer)
+            copy_weights(call.operation, layer)
             if offset:
-                _absorb_offset(layer, offset)
+                absorb_offset(layer, offset)
             fit_kernels(layer)
         if activation is not None:
             self.entries[call.output.index] = _Entry(values=outputs)
@@ -159,6 +155,9 @@ class _Builder:
 
     def _add(self, call):
         tensors = [self._values(r) for r in call.inputs]
+        if len(tensors) == 1:
+            # `x + 2.5`: kept as it is; it has no integer form, and `summary` says so.
+            return self._clone(call, {call.inputs[0].index: tensors[0]})
         if len(tensors) != 2:
             # The runtime adds two at a time; each partial sum needs its own grid.
             total = tensors[0]
@@ -176,7 +175,7 @@ class _Builder:
 
     def _on_grid(self, ref):
         entry = self.entries[ref.index]
-        if entry.pair is None and self._needs_stream(ref):
+        if entry.pair is None and self.plan.needs_stream(ref):
             quantized = self._quantize(ref, entry.values, STREAM_BITS)
             entry.pair, entry.bits, entry.values = quantized, STREAM_BITS, None
         return entry.pair is not None
@@ -189,7 +188,7 @@ class _Builder:
 
     def _grid(self, ref, bits):
         entry = self.entries[ref.index]
-        if self._is_image(ref):
+        if self.plan.is_image(ref):
             bits = 8
         if self._on_grid(ref) and entry.bits == bits:
             return entry.pair
@@ -201,133 +200,13 @@ class _Builder:
         return self._dequantized(self._grid(ref, STREAM_BITS), self._tensor_name(ref))
 
     def _output(self, ref):
-        producer = self.producers.get(ref.index)
+        producer = self.plan.producers.get(ref.index)
         name = None if producer is None else activation_name(producer.operation)
         if name is not None and "softmax" in name:
             return self._values(ref)
-        if not any(kind_of(c) == "product" for c in self._ancestors(ref)):
+        if not any(kind_of(c) == "product" for c in self.plan.ancestors(ref)):
             return self._values(ref)
         return self._logits(ref)
-
-    def _needs_stream(self, ref):
-        if self._is_image(ref):
-            return not all(self._passes_image(c) for c in self.readers.get(ref.index, []))
-        wants = {self._want(c, ref) for c in self.readers.get(ref.index, [])}
-        if ref in self.output_refs:
-            wants.add(STREAM_BITS)
-        count = len(self.readers.get(ref.index, [])) + (ref in self.output_refs)
-        if "stream" in wants or len(wants) > 1 or (wants == {"pass"} and count > 1):
-            return True
-        # A sum sits on 8 bits before anything but its own activation touches it.
-        return bool(wants) and self._root_is_add(ref) and not self._is_activated(ref)
-
-    def _is_activated(self, ref):
-        readers = self.readers.get(ref.index, [])
-        return [kind_of(c) for c in readers] == ["activation"]
-
-    def _want(self, call, ref):
-        kind = kind_of(call)
-        if kind == "product":
-            widths = self._widths(call)
-            return "pass" if widths is None else widths.activation_bits
-        if kind in _STREAM_READERS:
-            return "stream"
-        if kind == "batch_norm" and not self._follows_product(ref):
-            return "stream"
-        if kind == "activation" and "softmax" in activation_name(call.operation):
-            return STREAM_BITS
-        return "pass"
-
-    # --- looking at the float model -----------------------------------------------------------
-
-    def _walk_back(self, ref, kinds):
-        """The first producer behind `ref` whose kind is not in `kinds`; `None` at an input."""
-        call = self.producers.get(ref.index)
-        while call is not None and kind_of(call) in kinds:
-            call = self.producers.get(call.inputs[0].index)
-        return call
-
-    def _follows_product(self, ref):
-        call = self._walk_back(ref, {"batch_norm", "dropout"})
-        single = len(self.readers.get(ref.index, [])) == 1
-        return (
-            call is not None
-            and single
-            and kind_of(call) == "product"
-            and self._widths(call) is not None
-            and activation_name(call.operation) == "linear"
-        )
-
-    def _root_is_add(self, ref):
-        call = self._walk_back(ref, {"activation"})
-        return call is not None and kind_of(call) == "add"
-
-    def _is_image(self, ref):
-        """Whether `ref` is a model input, moved about or rescaled by one number at most."""
-        return self._walk_back(ref, TRANSPARENT | {"rescaling"}) is None
-
-    @staticmethod
-    def _passes_image(call):
-        return kind_of(call) == "rescaling"
-
-    def _ancestors(self, ref):
-        seen, stack = set(), [ref]
-        while stack:
-            call = self.producers.get(stack.pop().index)
-            if call is not None and id(call) not in seen:
-                seen.add(id(call))
-                yield call
-                stack.extend(call.inputs)
-
-    def _widths(self, call):
-        return self.scheme.widths(call.name, is_end=call.name in self._ends)
-
-    @property
-    def _ends(self):
-        if not hasattr(self, "_end_names"):
-            first = {
-                c.name
-                for c in self.program.calls
-                if kind_of(c) == "product"
-                and not any(kind_of(a) == "product" for a in self._ancestors(c.inputs[0]))
-            }
-            last = set()
-            for ref in self.output_refs:
-                last |= self._nearest_products(ref)
-            self._end_names = first | last
-        return self._end_names
-
-    def _nearest_products(self, ref):
-        found, stack = set(), [ref]
-        while stack:
-            call = self.producers.get(stack.pop().index)
-            if call is None:
-                continue
-            if kind_of(call) == "product":
-                found.add(call.name)
-            else:
-                stack.extend(call.inputs)
-        return found
-
-    def _sign_and_limit(self, ref):
-        """Whether a tensor has no negative values, and the largest it can take (or `None`)."""
-        call = self.producers.get(ref.index)
-        if call is None:
-            return False, None
-        kind = kind_of(call)
-        if kind in ("activation", "product"):
-            name = activation_name(call.operation)
-            if name == "linear" and kind == "activation":
-                return self._sign_and_limit(call.inputs[0])
-            return name in ("relu", "relu6", "softmax", "sigmoid"), 6.0 if name == "relu6" else None
-        if kind in TRANSPARENT | {"average_pool", "global_average_pool"}:
-            return self._sign_and_limit(call.inputs[0])
-        if kind in ("add", "concatenate"):
-            known = [self._sign_and_limit(r) for r in call.inputs]
-            limits = [limit for _, limit in known]
-            common = kind == "concatenate" and len(set(limits)) == 1
-            return all(sign for sign, _ in known), limits[0] if common else None
-        return False, None
 
     # --- making layers ------------------------------------------------------------------------
 
@@ -340,7 +219,7 @@ class _Builder:
         return name
 
     def _tensor_name(self, ref):
-        call = self.producers.get(ref.index)
+        call = self.plan.producers.get(ref.index)
         if call is None:
             index = [r.index for r in self.program.inputs].index(ref.index)
             return self.program.input_names[index]
@@ -348,10 +227,10 @@ class _Builder:
 
     def _quantize(self, ref, values, bits, name=None, signed=None):
         name = self._name(f"{name or self._tensor_name(ref)}_quantize")
-        if self._is_image(ref):
+        if self.plan.is_image(ref):
             quantizer = self._image_quantizer(ref)
         else:
-            nonnegative, limit = self._sign_and_limit(ref)
+            nonnegative, limit = self.plan.sign_and_limit(ref)
             options = {"max_value": limit} if self.scheme.activation == "lsq" else {}
             quantizer = quantizers.get(
                 self.scheme.activation,
@@ -364,9 +243,9 @@ class _Builder:
 
     def _image_quantizer(self, ref):
         """The grid on which 256 pixel values stay 256 codes, where the range is known."""
-        call = self._walk_back(ref, TRANSPARENT)
+        call = self.plan.walk_back(ref, TRANSPARENT)
         if call is not None:
-            if self._walk_back(call.inputs[0], TRANSPARENT) is not None:
+            if self.plan.walk_back(call.inputs[0], TRANSPARENT) is not None:
                 raise ValueError(f"{call.name}: only one Rescaling can stand at the input")
             scale, offset = call.operation.scale, call.operation.offset
             if np.ndim(scale) or np.ndim(offset):
@@ -385,7 +264,7 @@ class _Builder:
         return quantizers.Affine(8, scale=scale, lo=lo, offset=offset - scale * lo)
 
     def _offset_of(self, ref):
-        quantizer = self._image_quantizer(ref) if self._is_image(ref) else None
+        quantizer = self._image_quantizer(ref) if self.plan.is_image(ref) else None
         return 0.0 if quantizer is None else quantizer.offset
 
     def _dequantized(self, pair, name):
@@ -454,40 +333,3 @@ class _Builder:
 
 def _plain(name):
     return name.replace("/", "_").replace(":", "_")
-
-
-def kernels_of(layer):
-    """`[(latent kernel variable, its quantizer)]` of a quantized layer."""
-    if isinstance(layer, layers.QuantizedSeparableConv2D):
-        return [
-            (layer.depthwise_kernel, layer.depthwise_quantizer),
-            (layer.pointwise_kernel, layer.pointwise_quantizer),
-        ]
-    return [(layer.kernel, layer.kernel_quantizer)]
-
-
-def fit_kernels(layer, method="mse"):
-    """Set a quantized layer's kernel scales from its latent kernels."""
-    for kernel, quantizer in kernels_of(layer):
-        if quantizer is not None:
-            quantizer.fit_scale(ops.convert_to_numpy(kernel), method)
-
-
-def _copy_weights(original, layer):
-    if isinstance(layer, layers.QuantizedSeparableConv2D):
-        layer.depthwise_kernel.assign(original.depthwise_kernel)
-        layer.pointwise_kernel.assign(original.pointwise_kernel)
-    else:
-        layer.kernel.assign(original.kernel)
-    if original.use_bias:
-        layer.bias.assign(original.bias)
-
-
-def _absorb_offset(layer, offset):
-    """Put `offset * sum(kernel)` into the bias, for codes that stand for `x - offset`."""
-    kernel = ops.convert_to_numpy(layer.kernel)
-    if isinstance(layer, layers.QuantizedDepthwiseConv2D):
-        total = kernel.sum(axis=(0, 1)).reshape(-1)
-    else:
-        total = kernel.reshape(-1, kernel.shape[-1]).sum(axis=0)
-    layer.bias.assign(ops.convert_to_numpy(layer.bias) + np.float32(offset) * total)

@@ -84,6 +84,6 @@ def test_nested_shared_and_float_layers():
     inner_in = keras.Input((3,))
     inner = keras.Model(inner_in, shared(shared(inner_in)), name="inner")
     inputs = keras.Input((3,))
-    x = layers.QuantizedDense(2, kernel_quantizer=None, name="reals")(inner(inputs))
+    x = layers.QuantizedDense(2, kernel_quantizer=None, name="reals")(shared(inner(inputs)))
     model = keras.Model(inputs, K.Dense(1, name="plain")(x))
     assert list(integer_weights(model)) == ["inner/shared"]

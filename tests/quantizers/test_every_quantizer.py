@@ -157,6 +157,15 @@ class TestEveryQuantizer:
             np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
 
 
+@pytest.mark.parametrize("name", [name for name, role in CASES if role == "kernel"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 7])
+def test_kernel_codes_fit_their_width(name, bits, x):
+    quantizer = calibrated(name, "kernel", x, bits)
+    largest = np.abs(encode(quantizer, x)[0]).max()
+    assert largest <= 2 ** (quantizer.code_width - 1)
+    assert quantizer.code_width == bits + (name == "dorefa" and bits > 1)
+
+
 @pytest.mark.once
 class TestRegistry:
     def test_an_unknown_name_gets_the_nearest(self):

@@ -57,6 +57,23 @@ def test_the_scale_is_damped_by_the_weights_or_features_that_share_it(shape, opt
     assert (to_scale.reshape(-1)[1:] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("bits", "options", "factor"),
+    [
+        (2, {"role": "activation"}, 1.0),
+        (4, {"role": "activation"}, 1.0),
+        (8, {"role": "activation"}, (7 / 127) ** 2),
+        (8, {"role": "activation", "signed": False}, (15 / 255) ** 2),
+        (8, {}, (7 / 127) ** 2),
+    ],
+)
+def test_above_4_bits_the_scale_is_damped_by_the_ratio_of_the_grids_squared(bits, options, factor):
+    quantizer = built((1, 3), 1.0, bits=bits, **options)
+    _, hi = quantizer.static_bounds()
+    _, to_scale = gradients(quantizer, [[1e4, 0.0, 0.0]])
+    np.testing.assert_allclose(to_scale, factor * hi / np.sqrt(3 * hi), rtol=1e-5)
+
+
 def test_at_1_bit_codes_are_signs_and_the_scale_is_the_mean_magnitude():
     """Columns (0.5, -1.5) and (0, -0.5): means 1.0 and 0.25; the gradient stops at |x| > 1."""
     quantizer = built((2, 2), [9.0, 9.0], bits=1, axis=-1)

@@ -43,16 +43,15 @@ def assert_close(model, scheme=FLAT8, data=None, atol=0.02, **kwargs):
     return quantized
 
 
-def assert_same_integers(quantized, data):
-    """The integer graph gives what the Keras model gives, within half a code of rounding ties."""
-    graph = integer_graph(quantized)
-    feeds = {graph.inputs[0]: data}
-    made = reference.run(graph, feeds)[graph.outputs[0]]
-    expected = quantized.predict(data, verbose=0)
-    off = np.abs(made - expected) / next(
-        op for op in graph if op.output == graph.outputs[0]
-    ).constants.get("scale", np.float32(graph.tensors[graph.ops[-1].inputs[0]].scale))
-    assert (off > 1.01).sum() == 0
+def assert_same_integers(quantized, reals, pixels=None):
+    """The integer graph's output, for reals or for the uint8 pixels that they come from."""
+    graph = integer_graph(quantized, input_type="float32" if pixels is None else "uint8")
+    fed = reals if pixels is None else pixels.astype("uint8")
+    made = reference.run(graph, {graph.inputs[0]: fed})[graph.outputs[0]]
+    expected = quantized.predict(reals, verbose=0)
+    step = graph.tensors[graph.ops[-1].inputs[0]].scale
+    # One code: float32 sums of the training graph fall on either side of a rounding tie.
+    assert np.abs(made - expected).max() <= 1.01 * step
 
 
 def small(inputs):
@@ -128,8 +127,8 @@ def test_nested_models_are_opened():
     outer_in = keras.Input(SHAPE)
     x = K.Conv2D(4, 3, name="conv")(K.ReLU()(inner(outer_in)))
     model = keras.Model(outer_in, K.Flatten()(x))
-    quantized = assert_close(model, {"*": "w8a8", "in/conv": "w6a8"})
-    assert kernels(quantized) == {"in_conv": 6, "conv": 8}
+    quantized = assert_close(model, {"*": "w8a8", "in/conv": "w7a8"})
+    assert kernels(quantized) == {"in_conv": 7, "conv": 8}
     assert_same_integers(quantized, images())
 
 
@@ -171,7 +170,9 @@ def test_adding_a_number_is_not_lost():
     inputs = keras.Input((4,))
     x = K.Dense(3, name="d")(inputs)
     model = keras.Model(inputs, K.Dense(2, name="e")(ops.add(x, 2.5)))
-    assert_close(model, data=images(shape=(4,)))
+    quantized = assert_close(model, data=images(shape=(4,)))
+    with pytest.raises(ValueError, match="constants cannot be added"):
+        integer_graph(quantized)
 
 
 @pytest.mark.parametrize("count", [3, 4])
@@ -237,9 +238,9 @@ def test_readers_of_one_width_share_one_grid():
 
 
 def test_unknown_schemes_suggest_the_nearest():
-    with pytest.raises(ValueError, match="Unknown scheme 'w4b4'.*Did you mean 'w4a4'"):
+    with pytest.raises(ValueError, match=r"Unknown scheme 'w4b4'.*Did you mean 'w4a4'"):
         quantize_model(small_model(), "w4b4")
-    with pytest.raises(ValueError, match="unknown key 'kernel_bit'.*Did you mean 'kernel_bits'"):
+    with pytest.raises(ValueError, match=r"unknown key 'kernel_bit'.*Did you mean 'kernel_bits'"):
         quantize_model(small_model(), {"kernel_bit": 4})
 
 
@@ -249,7 +250,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_the_names():
 
 
 def test_unknown_quantizers_suggest_the_nearest():
-    with pytest.raises(ValueError, match="Unknown quantizer 'lsp'.*Did you mean 'lsq'"):
+    with pytest.raises(ValueError, match=r"Unknown quantizer 'lsp'.*Did you mean 'lsq'"):
         quantize_model(small_model(), {"kernel": "lsp"})
 
 
@@ -281,16 +282,7 @@ def test_rescaling_becomes_the_input_grid_with_256_codes():
     assert len(np.unique(numpy(codes))) == 256
     np.testing.assert_allclose(float(numpy(scale)), 1 / 127.5, rtol=1e-6)
     data = np.round(images() * 255)
-    assert_same_integers_of_pixels(assert_close(model, data=data), data)
-
-
-def assert_same_integers_of_pixels(quantized, data):
-    graph = integer_graph(quantized, input_type="uint8", output_type="int8")
-    made = reference.run(graph, {graph.inputs[0]: data.astype("uint8")})[graph.outputs[0]]
-    tensor = graph.tensors[graph.outputs[0]]
-    reals = (made.astype(np.float64) - tensor.zero_point) * tensor.scale
-    off = np.abs(reals - quantized.predict(data, verbose=0)) / tensor.scale
-    assert (off > 1.01).sum() == 0
+    assert_same_integers(assert_close(model, data=data), data, pixels=data)
 
 
 def test_input_range_keeps_256_codes_and_its_offset_in_the_bias():
@@ -307,7 +299,7 @@ def test_input_range_keeps_256_codes_and_its_offset_in_the_bias():
     layer = quantized.get_layer("c")
     total = numpy(model.get_layer("c").kernel).sum(axis=(0, 1, 2))
     np.testing.assert_allclose(numpy(layer.bias), quantizer.offset * total, rtol=1e-4, atol=1e-7)
-    assert_same_integers_of_pixels(quantized, np.round((data + 1) * 127.5))
+    assert_same_integers(quantized, data, pixels=np.round((data + 1) * 127.5))
 
 
 def test_an_input_range_must_rise():

@@ -1,0 +1,215 @@
+"""Files that the commands read and write: one clear error, and nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import keras
+
+from keras_lowbit import data as datasets
+from keras_lowbit import packed, walk, zoo
+from keras_lowbit.integer.integer_op import IntegerOp
+from keras_lowbit.kinds import kind_of
+from keras_lowbit.zoo.build import load_weights
+
+# What readers let through when a file is cut off, overwritten or of another kind.
+_DAMAGE = (
+    *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError),
+    *(RuntimeError, NotImplementedError, struct.error, zipfile.BadZipFile, zlib.error),
+)
+
+
+def load_model(path: str | Path) -> keras.Model:
+    """The model of a `.keras` file: float, quantized, packed or frozen.
+
+    Raises:
+        ValueError: no such file, another kind of file, or a damaged one.
+    """
+    path = Path(path)
+    if path.suffix != ".keras":
+        raise ValueError(f"{path}: expected a .keras file")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+            manifest = packed.PACKAGE in json.loads(archive.read("metadata.json"))
+    except _DAMAGE as error:
+        raise ValueError(f"{path} is damaged or no .keras file ({_short(error)})") from error
+    if broken:
+        raise ValueError(f"{path} is damaged: the checksum of {broken} differs")
+    load = packed.load_packed if manifest else keras.models.load_model
+    try:
+        return load(path, compile=False)
+    except _DAMAGE as error:
+        raise ValueError(f"{path} cannot be loaded ({_short(error)})") from error
+
+
+def build_float(name: str, weights: str = "", **options) -> keras.Model:
+    """A float model: an architecture of the zoo or a `.keras` file, with weights of a file.
+
+    Args:
+        name: architecture, or path of a `.keras` file.
+        weights: path; empty for none.
+        **options: `input_shape` and `classes`, for architectures.
+
+    Raises:
+        ValueError: an unknown name, a missing or damaged file, weights that do not fit.
+    """
+    if weights and not Path(weights).is_file():
+        raise ValueError(f"{weights}: no such file of weights")
+    if weights.endswith((".npz", ".keras")) and not zipfile.is_zipfile(weights):
+        raise ValueError(f"{weights} is damaged or no {Path(weights).suffix} file")
+    if not name.endswith(".keras"):
+        if name not in zoo.ARCHITECTURES and (os.sep in name or Path(name).exists()):
+            raise ValueError(
+                f"{name}: expected a .keras file or one of {sorted(zoo.ARCHITECTURES)}"
+            )
+        model = zoo.build(name, **options)
+    else:
+        model = load_model(name)
+    if kind(model) != "float":
+        raise ValueError(f"{name} is {kind(model)} already; give a float model")
+    if weights:
+        try:
+            load_weights(model, weights)
+        except _DAMAGE as error:
+            raise ValueError(f"{weights} does not fit {name} ({_short(error)})") from error
+    return model
+
+
+def kind(model: keras.Model) -> str:
+    """`"float"`, `"quantized"` or `"frozen"`."""
+    if any(isinstance(layer, IntegerOp) for layer in model.layers):
+        return "frozen"
+    try:
+        calls = walk.flatten(model).calls
+    except ValueError:
+        return "float"
+    return "quantized" if any(kind_of(call) == "quantize" for call in calls) else "float"
+
+
+def image_shape(model: keras.Model) -> tuple[int | None, ...]:
+    """Height, width and channels that a model takes.
+
+    Raises:
+        ValueError: several inputs, or no images.
+    """
+    shapes = [tuple(tensor.shape) for tensor in model.inputs]
+    if len(shapes) != 1 or len(shapes[0]) != 4:
+        raise ValueError(f"{model.name} must take one batch of images. Its inputs are {shapes}")
+    return shapes[0][1:]
+
+
+def load_data(source: str, shape: tuple[int | None, ...], what: str) -> datasets.Dataset:
+    """A data set whose images fit a model; those of a folder are scaled and cropped to fit.
+
+    Raises:
+        ValueError: as `data.load`; images of another size.
+    """
+    size = tuple(shape[:2]) if None not in shape[:2] else None
+    dataset = datasets.load(source, size=size, channels=shape[2] or 3)
+    if any(want not in (None, got) for want, got in zip(shape, dataset.image_shape, strict=True)):
+        given, wanted = ("x".join(map(str, s)) for s in (dataset.image_shape, shape))
+        raise ValueError(f"{source} has images of {given} pixels; {what} takes {wanted}")
+    return dataset
+
+
+def read_tflite(path: str | Path) -> bytes:
+    """Bytes of a `.tflite` file.
+
+    Raises:
+        ValueError: no such file, or no `.tflite`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    content = path.read_bytes()
+    if content[4:8] != b"TFL3":
+        raise ValueError(f"{path} is damaged or no .tflite file: it lacks the identifier TFL3")
+    return content
+
+
+def checked_output(path: str | Path, suffix: str, overwrite: bool) -> Path:
+    """A path that can be written to, before work starts.
+
+    Raises:
+        ValueError: another ending, no such folder, or a file that is there already.
+    """
+    path = Path(path)
+    if path.suffix != suffix:
+        raise ValueError(f"--out must end in {suffix}. Got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}. Make it first")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already. Give another --out, or --overwrite")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path}: the folder {path.parent} cannot be written to")
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` when the block ends well.
+
+    Raises:
+        OSError: the disk is full or refuses; names the file. An older file is untouched.
+    """
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        number = error.errno or errno.EIO
+        reason = f"{os.strerror(number)}; nothing was written"
+        raise OSError(number, reason, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def save(model: keras.Model, path: Path) -> None:
+    """`model.save` under a temporary name, then rename."""
+    with replacing(Path(path)) as temporary:
+        model.save(temporary)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Text under a temporary name, then rename."""
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(content: dict, path: Path) -> None:
+    """JSON under a temporary name, then rename."""
+    write_text(json.dumps(content, indent=1, sort_keys=True, default=float) + "\n", path)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of ours; empty where there is none.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({_short(error)}). Remove it") from error
+
+
+def _short(error: BaseException) -> str:
+    """The first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,0 +1,177 @@
+"""One `fit` of a recipe: data, optimizer, callbacks, distillation."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lowbit import data as datasets
+from keras_lowbit import walk
+from keras_lowbit.callbacks import BitDescent, Resume, ScaleGuard
+from keras_lowbit.cli.files import write_text
+from keras_lowbit.transform import reestimate_batchnorm
+
+
+def fit(model, train, dataset, *, teacher=None, held_out=None, history, backup, verbose=1):
+    """Train in place as a section of a recipe says; a run killed before goes on.
+
+    Args:
+        model: float or quantized.
+        train: `recipe.Train`.
+        dataset: whose training images are used.
+        teacher: float model to distill from, where `train.distill` is above 0.
+        held_out: data set whose `x_test, y_test` are measured after each epoch; `None` for none.
+        history: CSV file of the epochs.
+        backup: folder for snapshots, which stay; `None` for none.
+        verbose: as in `fit` of Keras.
+
+    Raises:
+        ValueError: fewer images than a batch; distillation from a model without logits.
+        keras_lowbit.callbacks.scale_guard.ScaleError: a scale or a weight broke.
+    """
+    batches = _batches(train, dataset)
+    logits = ends_in_logits(model)
+    callbacks = [ScaleGuard(), HistoryFile(history), batches.follow_epochs()]
+    if train.bit_descent:
+        plan = {int(epoch): bits for epoch, bits in train.bit_descent.items()}
+        callbacks.append(BitDescent(plan, verbose=int(bool(verbose))))
+    if backup is not None:
+        # Kept: a kill after the last epoch and before the model is saved costs nothing.
+        callbacks.append(Resume(backup, keep=True))
+    learner = model
+    if train.distill and teacher is not None:
+        if not logits:
+            raise ValueError("distill needs a model that ends in logits; this one ends in softmax")
+        learner = distiller(teacher, model, train)
+    learner.compile(
+        optimizer=_optimizer(train, len(batches)),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=logits),
+        metrics=["accuracy"],
+        jit_compile=jit_compile_for(model, train.jit_compile),
+    )
+    validation = None
+    if held_out is not None:
+        validation = datasets.Batches(held_out.x_test, held_out.y_test, train.batch_size)
+    learner.fit(
+        batches,
+        epochs=train.epochs,
+        validation_data=validation,
+        callbacks=callbacks,
+        verbose=verbose,
+        shuffle=False,
+    )
+    if train.reestimate_batches:
+        count = train.reestimate_batches * train.batch_size
+        reestimate_batchnorm(
+            model, np.asarray(dataset.x_train[:count]), batch_size=train.batch_size
+        )
+
+
+def _batches(train, dataset):
+    """Shuffled images, shifted and mirrored if the recipe says so."""
+    return datasets.AugmentedBatches(
+        dataset.x_train,
+        dataset.y_train,
+        train.batch_size,
+        seed=train.seed,
+        flip=train.augment and train.flip,
+        pad=train.shift if train.augment else 0,
+        drop_remainder=True,
+    )
+
+
+def _optimizer(train, epoch_steps):
+    optimizer = keras.optimizers.SGD(
+        cosine(train, epoch_steps * train.epochs, epoch_steps),
+        momentum=train.momentum,
+        nesterov=train.nesterov and train.momentum > 0,
+        weight_decay=train.weight_decay or None,
+        global_clipnorm=train.clipnorm or None,
+    )
+    if train.weight_decay:
+        # Scales and batch norm keep their size: decay would only fight what they fit.
+        optimizer.exclude_from_weight_decay(var_names=["scale", "gamma", "beta", "bias"])
+    return optimizer
+
+
+def cosine(train, steps, epoch_steps):
+    """Cosine to zero after a linear warm-up."""
+    warmup = math.floor(train.warmup * epoch_steps)
+    if not warmup:
+        return keras.optimizers.schedules.CosineDecay(train.learning_rate, steps)
+    return keras.optimizers.schedules.CosineDecay(
+        train.learning_rate / 10,
+        steps - warmup,
+        warmup_target=train.learning_rate,
+        warmup_steps=warmup,
+    )
+
+
+def distiller(teacher, student, train):
+    """Keras' distiller around the student: frozen float teacher, logits."""
+    teacher.trainable = False
+    return keras.distillation.Distiller(
+        teacher=teacher,
+        student=student,
+        distillation_losses=keras.distillation.LogitsDistillation(temperature=train.temperature),
+        student_loss_weight=1.0 - train.distill,
+    )
+
+
+def ends_in_logits(model) -> bool:
+    """Whether a model's outputs are logits rather than probabilities."""
+    image = [1 if size is None else size for size in model.input_shape[1:]]
+    probe = ops.convert_to_numpy(model(np.zeros((1, *image), "float32")))
+    return not (np.all(probe >= 0) and abs(float(probe.sum()) - 1.0) < 1e-3)
+
+
+def jit_compile_for(model, wanted="auto"):
+    """What `compile` gets: `False` for depthwise convolutions on TensorFlow, else Keras' choice.
+
+    XLA's depthwise convolutions are several times slower on a CPU.
+    """
+    if wanted != "auto":
+        return wanted == "on"
+    if keras.backend.backend() != "tensorflow":
+        return "auto"
+    kinds = {type(call.operation).__name__ for call in walk.flatten(model).calls}
+    slow = any("Depthwise" in kind or "Separable" in kind for kind in kinds)
+    return False if slow else "auto"
+
+
+class HistoryFile(keras.callbacks.Callback):
+    """Writes the logs of each epoch to a CSV file, whole at any moment.
+
+    A resumed run takes the rows of the epochs that it keeps from the file, so each epoch has one
+    row. Numbers are written so that they read back exactly.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = Path(path)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Add a row, and drop those of this epoch and later ones."""
+        rows = [row for row in read_history(self.path) if row["epoch"] < epoch]
+        rows.append({"epoch": epoch, **{k: float(v) for k, v in (logs or {}).items()}})
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(text.getvalue(), self.path)
+
+
+def read_history(path: Path) -> list[dict]:
+    """Rows of a history file; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: int(v) if k == "epoch" else float(v) for k, v in row.items() if v} for row in rows]

@@ -1,0 +1,177 @@
+"""What each command does, from its argument and flags to its exit code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import tflite_export
+from keras_lowbit import packed, zoo
+from keras_lowbit.analysis import summary
+from keras_lowbit.cli import files, measure, trainer
+from keras_lowbit.cli.inspection import inspect as inspection
+from keras_lowbit.cli.recipe import changed, read_recipe
+from keras_lowbit.progress import table
+from keras_lowbit.scheme import Scheme
+from keras_lowbit.transform import calibrate, quantize_model
+from keras_lowbit.transform.calibrate import uncalibrated
+
+FAILED = 1
+
+
+def train(config: str, flags) -> int:
+    """`keras-lowbit train`."""
+    recipe = changed(
+        read_recipe(config),
+        epochs=flags.epochs,
+        seed=flags.seed,
+        data=flags.data,
+        weights=flags.weights,
+    )
+    out = Path(flags.out or Path("runs", recipe.name))
+    verbose = 1 if sys.stdout.isatty() else 2
+    metrics = trainer.run_recipe(recipe, out, verbose=verbose, tune=flags.tune)
+    print(f"Results: {out}")
+    return FAILED if trainer.wrong_codes(metrics) else 0
+
+
+def quantize(name: str, flags) -> int:
+    """`keras-lowbit quantize`."""
+    _required(flags, "data", "out")
+    out = files.checked_output(flags.out, ".keras", flags.overwrite)
+    scheme = Scheme.of(flags.scheme)
+    known = name in zoo.ARCHITECTURES
+    if known and not flags.weights:
+        raise ValueError(f"{name} is an architecture: give its float weights with --weights")
+    if known:
+        dataset = files.load_data(flags.data, (None, None, None), name)
+        options = {"input_shape": dataset.image_shape, "classes": dataset.num_classes}
+        model = files.build_float(name, flags.weights, **options)
+    else:
+        model = files.build_float(name, flags.weights or "")
+        dataset = files.load_data(flags.data, files.image_shape(model), name)
+    images = np.asarray(dataset.x_train[: flags.images])
+    made = calibrate(quantize_model(model, scheme), images, method=flags.method)
+    summary(made)
+    if flags.packed:
+        packed.save_packed(made, out)
+    else:
+        files.save(made, out)
+    print(f"{out}: {out.stat().st_size:,} bytes, calibrated on {len(images)} images")
+    return 0
+
+
+def evaluate(name: str, flags) -> int:
+    """`keras-lowbit evaluate`."""
+    _required(flags, "data")
+    path = Path(name)
+    if path.suffix == ".tflite":
+        content = files.read_tflite(path)
+        kind = ".tflite"
+        dataset = files.load_data(flags.data, _file_shape(path, content), name)
+        x, y = _test_images(dataset, flags.images)
+        answers = measure.file_answers(content, x, f"run {path.name}")
+    else:
+        model = files.load_model(path)
+        kind = files.kind(model)
+        if kind == "quantized" and uncalibrated(model):
+            raise ValueError(f"{path} was never calibrated: keras-lowbit quantize, or calibrate")
+        dataset = files.load_data(flags.data, files.image_shape(model), name)
+        x, y = _test_images(dataset, flags.images)
+        answers = measure.keras_answers(model, x, what=f"run {path.name}")
+    scored = measure.score(answers, y)
+    row = (path, kind, f"{path.stat().st_size:,}", scored["right"], len(y), measure.shown(scored))
+    columns = ("file", "kind", "bytes", "right", "images", "accuracy (95 %)")
+    print(table(str(dataset), columns, [row]))
+    return 0
+
+
+def export(name: str, flags) -> int:
+    """`keras-lowbit export`."""
+    _required(flags, "out")
+    out = files.checked_output(flags.out, ".tflite", flags.overwrite)
+    model = files.load_model(name)
+    if files.kind(model) == "float":
+        raise ValueError(f"{name} is a float model: keras-lowbit quantize makes one to export")
+    data = None
+    if flags.data and flags.verify_images:
+        data = files.load_data(flags.data, files.image_shape(model), name)
+    options = {"target": flags.target, "weights": flags.weights}
+    options |= {"input_type": flags.input_type, "output_type": flags.output_type}
+    result = tflite_export.convert(model, **options)
+    if flags.verify_images:
+        images = _verification_images(result, data, flags.verify_images)
+        result = tflite_export.convert(model, **options, verify=images)
+    print(result)
+    if result.mismatches:
+        print(f"error: {result.mismatches} wrong codes; {out} was not written", file=sys.stderr)
+        return FAILED
+    with files.replacing(out) as temporary:
+        temporary.write_bytes(result.content)
+    print(out)
+    return 0
+
+
+def check(name: str, flags) -> int:
+    """`keras-lowbit check`."""
+    model = files.load_model(name)
+    if files.kind(model) == "frozen":
+        raise ValueError(f"{name} is frozen already: export it")
+    found = tflite_export.check(model, flags.target)
+    for objection in found:
+        print(objection)
+    count = f"{len(found)} objection{'s' if len(found) > 1 else ''}" if found else "no objections"
+    print(f"{flags.target}: {count} to {name}")
+    return FAILED if found else 0
+
+
+def inspect(name: str, flags) -> int:
+    """`keras-lowbit inspect`."""
+    del flags
+    print(inspection(name))
+    return 0
+
+
+def _required(flags, *names):
+    missing = [f"--{name}" for name in names if not flags[name].value]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} must be given")
+
+
+def _test_images(dataset, count):
+    end = count or len(dataset.x_test)
+    return (dataset.x_test if not count else dataset.x_test[:end]), dataset.y_test[:end]
+
+
+def _file_shape(path, content):
+    try:
+        return measure.file_shape(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _verification_images(result, data, count):
+    """Training images, or noise over the whole range of the input's codes."""
+    graph = result.graph
+    if len(graph.inputs) != 1:
+        return {name: _noise(graph, name, count) for name in graph.inputs}
+    tensor = graph.tensors[graph.inputs[0]]
+    if data is None:
+        return _noise(graph, graph.inputs[0], count)
+    return measure.as_input(np.asarray(data.x_train[:count]), tensor.dtype)
+
+
+def _noise(graph, name, count):
+    random = np.random.default_rng(0)
+    tensor = graph.tensors[name]
+    shape = (count, *tensor.shape[1:])
+    if tensor.dtype == "float32":
+        reader = next(op for op in graph if name in op.inputs)
+        tensor = graph.tensors[reader.output]
+    bounds = np.iinfo(tensor.dtype)
+    codes = random.integers(bounds.min, bounds.max + 1, shape)
+    if graph.tensors[name].dtype == "float32":
+        return ((codes - tensor.zero_point) * tensor.scale).astype("float32")
+    return codes.astype(tensor.dtype)

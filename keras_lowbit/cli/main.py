@@ -1,0 +1,136 @@
+"""`keras-lowbit COMMAND ...`: dispatch, one-line errors and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+
+from absl import app, flags
+
+from keras_lowbit.cli.commands import COMMANDS, help_of, overview
+
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+_DEBUG = "--debug"
+
+
+def entry() -> None:
+    """The program: `sys.argv` in, `SystemExit` out."""
+    wanted = _wanted_backend(sys.argv[1:])
+    loaded = sys.modules.get("keras")
+    if wanted and loaded and loaded.backend.backend() != wanted:
+        # Keras reads its backend once, and Python has imported the package above this module.
+        os.environ["KERAS_BACKEND"] = wanted
+        os.execv(sys.executable, [sys.executable, "-m", "keras_lowbit.cli", *sys.argv[1:]])
+    # absl starts and ends the program; its own flags keep their defaults, ours are parsed below.
+    app.run(
+        lambda argv: main(argv[1:]),
+        argv=[sys.argv[0], *sys.argv[1:]],
+        flags_parser=lambda argv: [*flags.FLAGS([argv[0], "--verbosity=-1"]), *argv[1:]],
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run one command line (without the program's name) and return its exit code."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command goes on or starts again", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output is gone; Python must not fail once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        code = _code_of(error)
+        if code is None:
+            raise
+        if _DEBUG in argv:
+            traceback.print_exc()
+        return _complain(one_line(error), code)
+
+
+def _run(argv):
+    if not argv or argv[0] in ("--help", "-h", "-help", "help"):
+        print(overview())
+        return 0 if argv else BAD_INPUT
+    if argv[0] == "--version":
+        from keras_lowbit import __version__
+
+        print(__version__)
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}.{_nearest(name)}")
+    command = COMMANDS[name]
+    values = command.flags()
+    positional = values([name, *rest])[1:]
+    if values["help"].value:
+        print(help_of(command))
+        return 0
+    if len(positional) != 1:
+        given = " ".join(positional) or "nothing"
+        raise ValueError(
+            f"keras-lowbit {name} takes one {command.argument}. Got {given}; see --help"
+        )
+    _choose_backend(values.backend)
+    # TensorFlow counts the retraces of a program that runs several models, and prints each.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    handlers = importlib.import_module("keras_lowbit.cli.handlers")
+    return getattr(handlers, name)(positional[0], values)
+
+
+def _choose_backend(wanted):
+    """Set the backend before Keras is imported, or refuse another one afterwards."""
+    if not wanted:
+        return
+    os.environ["KERAS_BACKEND"] = wanted
+    import keras
+
+    if keras.backend.backend() != wanted:
+        raise ValueError(
+            f"--backend {wanted}: Keras runs on {keras.backend.backend()} in this process already"
+        )
+
+
+def _wanted_backend(argv):
+    """The value of `--backend`, without parsing the rest; `None` where it is missing or odd."""
+    if not argv or argv[0] not in COMMANDS:
+        return None
+    values = COMMANDS[argv[0]].flags()
+    try:
+        values([argv[0], *argv[1:]])
+    except flags.Error:
+        return None
+    return values.backend
+
+
+def _nearest(name):
+    import difflib
+
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(COMMANDS)}"
+
+
+def _code_of(error):
+    """Exit code of an error that the user can mend; `None` for a fault of ours."""
+    if isinstance(error, (ValueError, OSError, ImportError, flags.Error)):
+        return BAD_INPUT
+    # Training that broke: named by its layer, and no fault of what was given.
+    return 1 if type(error).__name__ == "ScaleError" else None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; system errors name their file first."""
+    if isinstance(error, OSError) and error.strerror:
+        file = f"{error.filename}: " if error.filename else ""
+        return f"{file}{error.strerror}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(line if line.endswith((":", ".", ",")) else f"{line};" for line in lines)
+    return text.rstrip(";") or type(error).__name__
+
+
+def _complain(text, code):
+    print(f"error: {text}", file=sys.stderr)
+    return code

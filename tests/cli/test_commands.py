@@ -1,0 +1,268 @@
+"""`quantize`, `evaluate`, `export`, `check`, `inspect`, and what bad input gets."""
+
+import json
+import re
+
+import keras
+import numpy as np
+import pytest
+
+import tflite_export
+from keras_lowbit import freeze
+from keras_lowbit.cli import files
+
+pytestmark = pytest.mark.runtime
+
+
+def test_quantize_writes_a_calibrated_model_that_exports(run, made, tmp_path):
+    out = tmp_path / "q.keras"
+    command = ("quantize", made / "float.keras", "--scheme", "w8a8", "--data", made / "digits.npz")
+    outcome = run(*command, "--out", out, "--images", 50)
+    assert outcome.code == 0
+    assert "calibrated on 50 images" in outcome.out
+    assert files.kind(files.load_model(out)) == "quantized"
+    assert run("export", out, "--out", tmp_path / "q.tflite").code == 0
+
+
+def test_quantize_packed_writes_the_release_form(run, made, tmp_path):
+    out = tmp_path / "p.keras"
+    command = ("quantize", made / "float.keras", "--scheme=w4a4", "--data=digits", "--packed")
+    assert run(*command, f"--out={out}", "--images=64").code == 0
+    a, b = (tflite_export.convert(files.load_model(p)).content for p in (out, made / "w4a4.keras"))
+    assert a == b
+
+
+def test_evaluate_counts_the_same_right_answers_through_file_and_frozen_model(run, made, tmp_path):
+    freeze(files.load_model(made / "w4a4.keras")).save(tmp_path / "frozen.keras")
+    paths = (tmp_path / "frozen.keras", made / "w4a4.tflite")
+    rows = []
+    for path in paths:
+        outcome = run("evaluate", path, "--data", "digits", "--images", 60)
+        assert outcome.code == 0, outcome.err
+        rows.append([cell.strip() for cell in outcome.out.splitlines()[-1].split("|")][4:7])
+    assert rows[0] == rows[1]
+    assert rows[0][1] == "60"
+    assert re.fullmatch(r"\d+\.\d\d% \(\d+\.\d\d\.\.\d+\.\d\d\)", rows[0][2])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("float.keras", "float"), ("w4a4.keras", "quantized")])
+def test_evaluate_says_what_kind_of_model_it_ran(run, made, name, kind):
+    outcome = run("evaluate", made / name, "--data", "digits", "--images", 20)
+    assert (outcome.code, f"| {kind} " in outcome.out) == (0, True)
+
+
+@pytest.mark.parametrize("flags", [[], ["--input_type=uint8", "--data=digits"]])
+def test_export_verifies_every_code_and_writes_the_file(run, made, tmp_path, flags):
+    out = tmp_path / "m.tflite"
+    outcome = run("export", made / "w4a4.keras", "--out", out, "--verify_images", 3, *flags)
+    assert outcome.code == 0, outcome.err
+    assert "0 wrong of" in outcome.out
+    assert "3 images" in outcome.out
+    assert out.read_bytes()[4:8] == b"TFL3"
+
+
+def test_export_with_wrong_codes_fails_and_writes_nothing(run, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(tflite_export.ExportResult, "mismatches", 7)
+    outcome = run("export", made / "w4a4.keras", "--out", tmp_path / "m.tflite")
+    assert outcome.code == 1
+    assert outcome.error.startswith("7 wrong codes")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_finds_nothing_against_a_plain_model(run, made):
+    outcome = run("check", made / "float.keras", "--target", "builtin")
+    assert (outcome.code, outcome.out.splitlines()) == (
+        0,
+        [f"builtin: no objections to {made / 'float.keras'}"],
+    )
+
+
+def test_check_names_the_layer_that_has_no_integer_form(run, tmp_path):
+    inputs = keras.Input((8, 8, 1))
+    x = keras.layers.Conv2D(4, 3, name="conv")(inputs)
+    x = keras.layers.Activation("tanh", name="squash")(x)
+    x = keras.layers.Conv2D(4, 3, name="conv2")(x)
+    keras.Model(inputs, x).save(tmp_path / "odd.keras")
+    outcome = run("check", tmp_path / "odd.keras")
+    assert outcome.code == 1
+    assert "squash" in outcome.out
+
+
+def test_inspect_shows_layers_bits_and_bytes_of_a_keras_file(run, made):
+    outcome = run("inspect", made / "w4a4.keras")
+    assert outcome.code == 0
+    mix = next(line for line in outcome.out.splitlines() if line.startswith("| mix"))
+    assert [cell.strip() for cell in mix.split("|")][2:5] == ["Conv2D", "4", "4"]
+    assert "quantized Keras model" in outcome.out
+
+
+def test_inspect_shows_the_codes_of_a_tflite(run, made):
+    outcome = run("inspect", made / "w4a4.tflite")
+    assert outcome.code == 0
+    assert "XNNPACK" in outcome.out
+    mix = next(line for line in outcome.out.splitlines() if "int8 6x1x1x6" in line)
+    assert "CONV_2D" in mix
+    low, high = map(int, re.search(r"(-?\d+)\.\.(-?\d+), ", mix).groups())
+    assert -128 <= low < high <= 127
+
+
+def test_inspect_reads_int4_kernels(run, made, tmp_path):
+    out = tmp_path / "i4.tflite"
+    assert run("export", made / "w4a4.keras", "--out", out, "--weights=int4").code == 0
+    outcome = run("inspect", out)
+    row = next(line for line in outcome.out.splitlines() if "int4 6x6" in line)
+    assert "FULLY_CONNECTED" in row
+    low, high, bits = map(int, re.search(r"(-?\d+)\.\.(-?\d+), (\d) bits", row).groups())
+    graph = tflite_export.convert(files.load_model(made / "w4a4.keras"), weights="int4").graph
+    kernel = next(op.kernel for op in graph if getattr(op, "storage", "") == "int4")
+    assert (low, high) == (kernel.min(), kernel.max())
+    assert bits <= 4
+
+
+def test_inspect_shows_a_frozen_model(run, made, tmp_path):
+    freeze(files.load_model(made / "w4a4.keras")).save(tmp_path / "f.keras")
+    outcome = run("inspect", tmp_path / "f.keras")
+    assert (outcome.code, "frozen Keras model" in outcome.out) == (0, True)
+
+
+BAD = [
+    (["inspect", "{tmp}/no.keras"], "no.keras: no such file"),
+    (["inspect", "{tmp}/no.tflite"], "no.tflite: no such file"),
+    (["inspect", "{tmp}/notes.txt"], "expected a .keras or a .tflite file"),
+    (["inspect", "{tmp}/cut.keras"], "cut.keras is damaged or no .keras file"),
+    (["inspect", "{tmp}/flipped.keras"], "flipped.keras is damaged"),
+    (["inspect", "{tmp}/text.keras"], "text.keras is damaged or no .keras file"),
+    (["inspect", "{tmp}/other.keras"], "other.keras is damaged or no .keras file"),
+    (["inspect", "{tmp}/cut.tflite"], "cut.tflite is damaged"),
+    (["inspect", "{tmp}/text.tflite"], "it lacks the identifier TFL3"),
+    (["evaluate", "{tmp}/cut.tflite", "--data=digits"], "cut.tflite: LiteRT refuses this file"),
+    (["evaluate", "{made}/w4a4.keras"], "--data must be given"),
+    (["evaluate", "{made}/w4a4.keras", "--data=digit"], "Did you mean 'digits'?"),
+    (["evaluate", "{made}/w4a4.keras", "--data={tmp}/cut.npz"], "cannot be read as .npz"),
+    (["evaluate", "{made}/w4a4.keras", "--data={tmp}/big.npz"], "images of 9x9x1 pixels"),
+    (["evaluate", "{made}/w4a4.tflite", "--data={tmp}/big.npz"], "takes 8x8x1"),
+    (["evaluate", "{made}/w4a4.keras", "--data={tmp}/empty"], "has no folders in it"),
+    (["evaluate", "{made}/w4a4.keras", "--data={tmp}/folder"], "has no images in it"),
+    (["evaluate", "{tmp}/raw.keras", "--data=digits"], "was never calibrated"),
+    (["quantize", "{made}/float.keras", "--data=digits"], "--out must be given"),
+    (["quantize", "{made}/float.keras", "--data=digits", "--out={tmp}/q.h5"], "end in .keras"),
+    (["quantize", "{made}/float.keras", "--data=digits", "--out={tmp}/no/q.keras"], "no folder"),
+    (["quantize", "resnet9", "--data=digits", "--out={tmp}/q.keras"], "Did you mean"),
+    (["quantize", "resnet8", "--data=digits", "--out={tmp}/q.keras"], "with --weights"),
+    (
+        ["quantize", "resnet8", "--data=digits", "--out={tmp}/q.keras", "--weights={tmp}/no.h5"],
+        "no.h5: no such file of weights",
+    ),
+    (
+        ["quantize", "resnet8", "--data=digits", "--out={tmp}/q.keras", "--weights={tmp}/cut.npz"],
+        "cut.npz is damaged or no .npz file",
+    ),
+    (
+        ["quantize", "{made}/float.keras", "--data=digits", "--out={tmp}/q.keras", "--scheme=w4x"],
+        "Unknown scheme 'w4x'",
+    ),
+    (
+        ["quantize", "{made}/w4a4.keras", "--data=digits", "--out={tmp}/q.keras"],
+        "is quantized already",
+    ),
+    (
+        ["quantize", "{made}/float.keras", "--data={tmp}/nan.npz", "--out={tmp}/q.keras"],
+        "contains NaN",
+    ),
+    (["quantize", "{made}/float.keras", "--method=best"], "value should be one of"),
+    (["export", "{made}/w4a4.keras"], "--out must be given"),
+    (["export", "{made}/float.keras", "--out={tmp}/x.tflite"], "is a float model"),
+    (["export", "{made}/w4a4.keras", "--out={tmp}/there.tflite"], "exists already"),
+    (["export", "{tmp}/raw.keras", "--out={tmp}/x.tflite"], "calibrat"),
+    (["export", "{made}/w4a4.keras", "--out={tmp}/x.tflite", "--target=coral"], "android|builtin"),
+    (["export", "{made}/w4a4.keras", "--out={tmp}/x.tflite", "--verify_images=-1"], "verify_imag"),
+    (
+        ["export", "{made}/w4a4.keras", "--out={tmp}/x.tflite", "--data={tmp}/big.npz"],
+        "images of 9x9x1 pixels",
+    ),
+    (["check", "{made}/w4a4.tflite"], "expected a .keras file"),
+    (["train", "{tmp}/no.toml"], "no.toml: cannot be read"),
+    (["train", "{tmp}/typo.toml"], "unknown key 'epoch'"),
+    (["train"], "takes one CONFIG. Got nothing"),
+    (["inspect", "a", "b"], "takes one FILE. Got a b"),
+    (["trian", "x"], "Did you mean 'train'?"),
+    (["train", "x", "--epoch=3"], "Did you mean: epochs"),
+    (["train", "x", "--epochs=three"], "epochs"),
+]
+
+
+@pytest.fixture
+def bad_files(made, tmp_path):
+    """Everything that can be wrong with a file."""
+    from keras_lowbit import quantize_model
+
+    model, file = (made / "w4a4.keras").read_bytes(), (made / "w4a4.tflite").read_bytes()
+    (tmp_path / "cut.keras").write_bytes(model[: len(model) // 2])
+    # The biggest member, model.weights.h5, lies last.
+    flipped = bytearray(model)
+    flipped[len(model) * 2 // 3] ^= 255
+    (tmp_path / "flipped.keras").write_bytes(flipped)
+    (tmp_path / "text.keras").write_text("no model")
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    (tmp_path / "other.npz").rename(tmp_path / "other.keras")
+    (tmp_path / "cut.tflite").write_bytes(file[: len(file) // 3])
+    (tmp_path / "text.tflite").write_text("no model at all")
+    (tmp_path / "there.tflite").write_text("precious")
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "typo.toml").write_text("[train]\nepoch = 3\n")
+    (tmp_path / "cut.npz").write_bytes((made / "digits.npz").read_bytes()[:900])
+    labels = np.arange(20) % 10
+    big = np.zeros((20, 9, 9, 1), "uint8")
+    np.savez(tmp_path / "big.npz", x_train=big, y_train=labels, x_test=big, y_test=labels)
+    nan = np.full((20, 8, 8, 1), np.nan, "float32")
+    np.savez(tmp_path / "nan.npz", x_train=nan, y_train=labels, x_test=nan, y_test=labels)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder" / "cat").mkdir(parents=True)
+    raw = quantize_model(keras.models.load_model(made / "float.keras", compile=False), "w4a4")
+    raw.save(tmp_path / "raw.keras")
+    return tmp_path
+
+
+def test_bad_input_is_one_line_on_stderr_exit_code_2_and_untouched_files(
+    run, made, bad_files, contents
+):
+    before = contents(bad_files), contents(made)
+    wrong = {}
+    for arguments, why in BAD:
+        outcome = run(*(a.format(tmp=bad_files, made=made) for a in arguments))
+        lines = [x for x in outcome.err.splitlines() if not x.startswith("INFO: ")]
+        fits = outcome.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+        if not fits or why not in lines[0]:
+            wrong[" ".join(arguments)] = (outcome.code, outcome.err)
+    assert wrong == {}
+    assert (contents(bad_files), contents(made)) == before
+
+
+def test_overwrite_replaces_a_file(run, made, tmp_path):
+    out = tmp_path / "x.tflite"
+    out.write_text("old")
+    assert run("export", made / "w4a4.keras", "--out", out, "--overwrite").code == 0
+    assert out.read_bytes()[4:8] == b"TFL3"
+
+
+@pytest.mark.parametrize("command", ["export", "quantize"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(run, made, tmp_path, command, small_disk):
+    suffix = {"export": ".tflite", "quantize": ".keras"}[command]
+    source = made / {"export": "w4a4.keras", "quantize": "float.keras"}[command]
+    out = tmp_path / f"x{suffix}"
+    out.write_text("old")
+    data = ["--data=digits"] if command == "quantize" else ["--verify_images=0"]
+    with small_disk(2000):
+        outcome = run(command, source, "--out", out, "--overwrite", *data)
+    assert outcome.code == 2, outcome.err
+    assert f"{out}: File too large; nothing was written" in outcome.err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {out.name: b"old"}
+
+
+def test_json_files_are_whole_or_damaged_in_words(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json({"a": np.float32(0.5)}, path)
+    assert json.loads(path.read_text()) == {"a": 0.5}
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json is damaged"):
+        files.read_json(path)

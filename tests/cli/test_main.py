@@ -1,0 +1,135 @@
+"""Help, dispatch, exit codes and the start of a process."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import pytest
+
+from keras_lowbit.callbacks.scale_guard import ScaleError
+from keras_lowbit.cli import handlers
+from keras_lowbit.cli.commands import COMMANDS
+from keras_lowbit.cli.main import one_line
+
+pytestmark = pytest.mark.once
+
+
+def program(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "keras_lowbit.cli", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_help_names_every_command(run):
+    outcome = run("--help")
+    assert outcome.code == 0
+    for command in COMMANDS.values():
+        assert f"  {command.name} {command.argument}" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 100
+
+
+def test_no_command_shows_the_help_and_fails(run):
+    outcome = run()
+    assert (outcome.code, "usage: keras-lowbit" in outcome.out) == (2, True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_of_a_command_names_its_flags(run, name, flag):
+    outcome = run(name, flag)
+    assert outcome.code == 0
+    assert outcome.out.startswith(f"usage: keras-lowbit {name} {COMMANDS[name].argument}")
+    for known in COMMANDS[name].flags():
+        assert known == "h" or f"  --{known}" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 100
+
+
+def test_every_command_has_a_function():
+    assert all(callable(getattr(handlers, name)) for name in COMMANDS)
+
+
+def test_version(run):
+    import keras_lowbit
+
+    assert run("--version").out.strip() == keras_lowbit.__version__
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("bad\n  worse"), 2, "bad; worse"),
+        (OSError(28, "No space left on device", "a.keras"), 2, "a.keras: No space left on device"),
+        (ImportError("pip install x"), 2, "pip install x"),
+        (ScaleError("Layer conv: NaN"), 1, "Layer conv: NaN"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on or starts again"),
+    ],
+)
+def test_errors_have_an_exit_code_and_one_line(run, monkeypatch, error, code, said):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(handlers, "inspect", fail)
+    outcome = run("inspect", "x")
+    assert (outcome.code, outcome.err) == (code, f"error: {said}\n")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(run, monkeypatch):
+    monkeypatch.setattr(handlers, "inspect", lambda *_: {}["missing"])
+    with pytest.raises(KeyError):
+        run("inspect", "x")
+
+
+def test_debug_shows_the_traceback(run):
+    outcome = run("inspect", "no.keras", "--debug")
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+
+
+def test_lines_of_a_list_are_joined():
+    text = "android has 2 objections:\n  a: no\n  b: no\nUse another."
+    assert one_line(ValueError(text)) == "android has 2 objections: a: no; b: no; Use another."
+
+
+def test_another_backend_is_refused_once_keras_runs(run):
+    other = next(b for b in ("torch", "jax") if b != keras.backend.backend())
+    outcome = run("inspect", "x.keras", "--backend", other)
+    assert outcome.code == 2
+    assert f"--backend {other}: Keras runs on {keras.backend.backend()}" in outcome.error
+
+
+def test_a_process_ends_with_the_exit_code_and_one_line(tmp_path):
+    done = program("inspect", str(tmp_path / "no.keras"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"error: {tmp_path / 'no.keras'}: no such file"
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("wanted", ["jax", "torch", "tensorflow"])
+def test_the_backend_flag_decides_whatever_the_environment_says(tmp_path, made, wanted):
+    pytest.importorskip(wanted)
+    if wanted == keras.backend.backend():
+        pytest.skip("the backend of this process")
+    code = (
+        "import sys, keras_lowbit.cli.main as m, keras_lowbit.cli.handlers as h, keras\n"
+        "h.inspect = lambda *_: print(keras.backend.backend()) or 0\n"
+        "sys.argv = ['keras-lowbit', 'inspect', 'x', '--backend', sys.argv[1]]\n"
+        "m.entry()"
+    )
+    # A process on the right backend runs; another one starts itself again, and then finds no file.
+    right = subprocess.run(
+        [sys.executable, "-c", code, wanted],
+        env={**os.environ, "KERAS_BACKEND": wanted},
+        capture_output=True,
+        text=True,
+    )
+    assert right.stdout.split() == [wanted]
+    again = subprocess.run(
+        [sys.executable, "-c", code, wanted], env=dict(os.environ), capture_output=True, text=True
+    )
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1] == "error: x: no such file"

@@ -1,0 +1,58 @@
+import keras
+import numpy as np
+import pytest
+
+import tflite_export
+from keras_lowbit import data
+from keras_lowbit.cli import measure
+
+
+@pytest.mark.once
+def test_wilson_interval_by_hand():
+    # z = 2: p = 0.5, z^2/n = 1: (0.5 + 0.5 -+ 2 sqrt(0.0625 + 0.0625)) / 2 = 0.5 -+ 0.353553
+    low, high = measure.wilson(2, 4, z=2.0)
+    assert (low, high) == pytest.approx((0.1464466, 0.8535534))
+    # All right: the upper end is 1 and the lower one 1 / (1 + z^2 / n).
+    assert measure.wilson(10, 10, z=2.0) == pytest.approx([1 / 1.4, 1.0])
+
+
+@pytest.mark.once
+def test_integer_inputs_take_pixels_whatever_type_they_come_in():
+    pixels = np.array([0.0, 1.0, 200.0, 255.0], "float32")
+    np.testing.assert_array_equal(measure.as_input(pixels, "uint8"), [0, 1, 200, 255])
+    np.testing.assert_array_equal(measure.as_input(pixels, "int8"), [-128, -127, 72, 127])
+    assert measure.as_input(pixels, "int8").dtype == np.int8
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("values", [[0.5, 1.0], [-1.0, 1.0], [0.0, 256.0]])
+def test_reals_are_refused_where_pixels_are_taken(values):
+    with pytest.raises(ValueError, match=r"pixels 0\.\.255. The images hold float32"):
+        measure.as_input(np.array(values, "float32"), "uint8")
+
+
+def test_answers_of_a_keras_model_are_those_of_one_predict(backend):
+    model = keras.Sequential([keras.Input((2, 2, 1)), keras.layers.Flatten()])
+    x = np.random.default_rng(0).integers(0, 256, (23, 2, 2, 1)).astype("uint8")
+    expected = x.reshape(23, 4).argmax(-1)
+    np.testing.assert_array_equal(measure.keras_answers(model, x, batch_size=5), expected)
+    assert measure.keras_accuracy(model, x, expected) == 1.0
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("input_type", ["float32", "uint8", "int8"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_file_gives_the_same_answers_for_every_input_type_and_batch(made, input_type, batch):
+    model = keras.models.load_model(made / "w4a4.keras", compile=False)
+    x = data.load("digits").x_test[:33]
+    wanted = measure.file_answers(tflite_export.convert(model).content, x)
+    content = tflite_export.convert(model, input_type=input_type, batch=batch).content
+    np.testing.assert_array_equal(measure.file_answers(content, x), wanted)
+    assert len(set(wanted.tolist())) > 1
+
+
+@pytest.mark.runtime
+def test_images_of_another_size_are_refused(made):
+    content = (made / "w4a4.tflite").read_bytes()
+    with pytest.raises(ValueError, match="The images have 9x9x1 pixels; the file takes 8x8x1"):
+        measure.file_answers(content, np.zeros((2, 9, 9, 1), "uint8"))

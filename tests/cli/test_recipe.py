@@ -1,0 +1,85 @@
+import pytest
+
+from keras_lowbit.cli.recipe import changed, read_recipe
+
+pytestmark = pytest.mark.once
+
+
+def read(tmp_path, text):
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    return read_recipe(path)
+
+
+def test_an_empty_recipe_has_the_defaults_and_the_name_of_its_file(tmp_path):
+    recipe = read(tmp_path, "")
+    assert (recipe.name, recipe.data.name, recipe.train.epochs) == ("r", "digits", 0)
+
+
+def test_whole_numbers_are_taken_for_reals(tmp_path):
+    rate = read(tmp_path, "[train]\nlearning_rate = 1").train.learning_rate
+    assert (rate, type(rate)) == (1.0, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[trian]", "unknown section [trian]. Did you mean 'train'?"),
+        ("[train]\nepoch = 1", "[train]: unknown key 'epoch'. Did you mean 'epochs'?"),
+        ("train = 3", "train must be a section, [train]. Got 3"),
+        ("[train\nepochs = 1", "not a TOML file"),
+        ("[train]\nepochs = '1'", "epochs must be int. Got '1'"),
+        ("[train]\nepochs = true", "epochs must be int. Got True"),
+        ("[train]\nlearning_rate = true", "learning_rate must be float. Got True"),
+        ("[train]\nepochs = -1", "[train]: epochs must be at least 0. Got -1"),
+        ("[pretrain]\nbatch_size = 0", "[pretrain]: batch_size must be at least 1. Got 0"),
+        ("[train]\nlearning_rate = nan", "learning_rate must be positive. Got nan"),
+        ("[train]\nlearning_rate = inf", "learning_rate must be positive. Got inf"),
+        ("[train]\nmomentum = nan", "momentum must be at least 0.0. Got nan"),
+        ("[train]\ndistill = 1.5", "distill must lie in 0..1. Got 1.5"),
+        ("[train]\nepochs = 2\nwarmup = 2.0", "warmup must be shorter than the 2 epochs"),
+        ("[train]\nbit_descent = 3", "bit_descent must be a table. Got 3"),
+        ("[train]\nepochs = 2\nbit_descent = {2 = 4}", "'2' is no epoch of 0..1"),
+        ("[train]\nepochs = 2\nbit_descent = {1 = 9}", "bits must be 1..8. Got 9"),
+        ("[train]\nepochs = 2\nbit_descent = {1 = true}", "bits must be 1..8. Got True"),
+        ("[train]\njit_compile = 'yes'", "jit_compile must be one of ('auto', 'on', 'off')"),
+        ("[pretrain]\nepochs = 1\ndistill = 0.5", "distill belong to [train]"),
+        ("[quantize]\nscheme = 'w4b4'", "[quantize]: Unknown scheme 'w4b4'"),
+        ("[quantize]\nscheme = 'w9a9'", "must be from 1 to 8. Got 9"),
+        ("[quantize]\nexceptions = {stem = 'four'}", "Unknown scheme 'four'"),
+        ("[quantize]\nmethod = 'best'", "method must be one of"),
+        ("[quantize]\nscheme = ''\n[train]\nepochs = 1\nbit_descent = {0 = 8}", "needs a [quan"),
+        ("[export]\nweights = ['int5']", "weights must list some of"),
+        ("[export]\nweights = ['int8', 'int8']", "each once"),
+        ("[export]\ntarget = 'coral'", "target must be one of ('android', 'builtin')"),
+        ("[data]\nchannels = 4", "channels must be one of (1, 3)"),
+    ],
+)
+def test_a_slip_in_a_recipe_is_one_error_with_its_place(tmp_path, text, why):
+    with pytest.raises(ValueError, match=r"r\.toml") as caught:
+        read(tmp_path, text)
+    assert why in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"no\.toml: cannot be read \(No such file"):
+        read_recipe(tmp_path / "no.toml")
+
+
+def test_overrides_are_checked_like_the_file(tmp_path):
+    recipe = read(tmp_path, "[train]\nepochs = 5\nbit_descent = {4 = 4}")
+    with pytest.raises(ValueError, match=r"'4' is no epoch of 0\.\.2"):
+        changed(recipe, epochs=3)
+    assert changed(recipe, seed=3).pretrain.seed == 3
+
+
+def test_the_scheme_gathers_the_quantize_section(tmp_path):
+    text = "[quantize]\nscheme='w2a4'\nends_bits=0\nper_channel=false\nexceptions={stem='float'}"
+    scheme = read(tmp_path, text).scheme
+    assert (scheme.kernel_bits, scheme.activation_bits, scheme.ends_bits) == (2, 4, None)
+    assert scheme.widths("stem", is_end=True) is None
+    assert not scheme.per_channel
+
+
+def test_without_a_scheme_the_model_stays_float(tmp_path):
+    assert read(tmp_path, "[quantize]\nscheme = ''").scheme is None

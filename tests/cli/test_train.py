@@ -1,0 +1,236 @@
+"""`keras-lowbit train`: results, resuming, and what a folder protects."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_lowbit.callbacks import Resume
+from keras_lowbit.cli import files, fitting
+from keras_lowbit.cli.recipe import Train
+
+pytestmark = pytest.mark.runtime
+
+DESCENT = {"train": {"bit_descent": {"0": 8, "1": 6, "2": 4}}}
+
+
+def weights_of(path):
+    return [np.asarray(w) for w in files.load_model(path).get_weights()]
+
+
+def assert_equal(one, two):
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_train_writes_models_files_history_and_metrics(run, recipe, tmp_path):
+    path = recipe(pretrain={"epochs": 1, "jit_compile": "off"}, **DESCENT)
+    outcome = run("train", path, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    wanted = {"float.keras", "model.keras", "model_int8.tflite", "history.csv", "metrics.json"}
+    assert names == wanted | {"history_float.csv", "stages.json"}
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(metrics["accuracy"]) == {"float", "quantized", "frozen", "int8"}
+    through_file, frozen = metrics["accuracy"]["int8"], metrics["accuracy"]["frozen"]
+    assert through_file["right"] == frozen["right"]
+    low, high = through_file["interval"]
+    assert 0 <= low < through_file["accuracy"] < high <= 1
+    assert (through_file["images"], metrics["judged_on"]) == (360, "test images")
+    file = metrics["files"]["model_int8.tflite"]
+    assert (file["wrong_codes"], file["verify_images"]) == (0, 4)
+    assert file["bytes"] == (tmp_path / "out" / "model_int8.tflite").stat().st_size
+    assert [row["epoch"] for row in metrics["history"]] == [0, 1, 2]
+    assert {"loss", "accuracy", "val_loss", "val_accuracy"} < set(metrics["history"][0])
+    assert metrics["backend"] == keras.backend.backend()
+    assert metrics["versions"]["keras"] == keras.__version__
+    assert metrics["recipe"]["train"]["bit_descent"] == {"0": 8, "1": 6, "2": 4}
+
+
+def test_a_finished_run_is_left_as_it_is(run, recipe, tmp_path, contents, monkeypatch):
+    path, out = recipe(), tmp_path / "out"
+    assert run("train", path, "--out", out, "--epochs=1").code == 0
+    before = contents(out)
+    monkeypatch.setattr("keras_lowbit.cli.trainer.fit", lambda *a, **k: pytest.fail("trains"))
+    assert run("train", path, "--out", out, "--epochs=1").code == 0
+    assert contents(out) == before
+
+
+def test_a_folder_of_another_recipe_is_refused_and_untouched(run, recipe, tmp_path, contents):
+    path, out = recipe(), tmp_path / "out"
+    assert run("train", path, "--out", out, "--epochs=0").code == 0
+    before = contents(out)
+    outcome = run("train", path, "--out", out, "--epochs=0", "--seed=3")
+    assert outcome.code == 2
+    assert "pretrain.seed: 0, now 3" in outcome.error
+    assert contents(out) == before
+
+
+def test_a_run_that_broke_off_goes_on_to_the_same_weights_and_history(
+    run, recipe, tmp_path, monkeypatch
+):
+    path = recipe(**DESCENT)
+    assert run("train", path, "--out", tmp_path / "whole").code == 0
+
+    class Kill(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if self.model.optimizer.iterations == 15:  # ten steps an epoch
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        kill = lambda *a, **k: [Kill(), Resume(*a, **k)]  # noqa: E731
+        patched.setattr(fitting, "Resume", lambda *a, **k: _Both(kill(*a, **k)))
+        outcome = run("train", path, "--out", tmp_path / "cut")
+    assert outcome.code == 130
+    assert "interrupted" in outcome.err
+    assert len(fitting.read_history(tmp_path / "cut" / "history.csv")) == 1
+    assert run("train", path, "--out", tmp_path / "cut").code == 0
+    assert_equal(*(weights_of(tmp_path / name / "model.keras") for name in ("whole", "cut")))
+    one, two = ((tmp_path / n / "history.csv").read_text() for n in ("whole", "cut"))
+    assert one == two
+    assert not (tmp_path / "cut" / "backup_model").exists()
+
+
+class _Both(keras.callbacks.CallbackList):
+    """Two callbacks in the place of one."""
+
+    def __init__(self, both):
+        super().__init__(both)
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_to_the_same_files(recipe, tmp_path):
+    path = recipe(**DESCENT)
+    command = [sys.executable, "-m", "keras_lowbit.cli", "train", str(path)]
+    for name in ("whole", "cut"):
+        process = subprocess.Popen(
+            [*command, f"--out={tmp_path / name}"], stdout=subprocess.PIPE, text=True
+        )
+        if name == "cut":
+            next(line for line in process.stdout if line.startswith("Epoch 2/"))
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    subprocess.run([*command, f"--out={tmp_path / 'cut'}"], check=True, capture_output=True)
+    assert_equal(*(weights_of(tmp_path / name / "model.keras") for name in ("whole", "cut")))
+    files_ = [(tmp_path / name / "model_int8.tflite").read_bytes() for name in ("whole", "cut")]
+    assert files_[0] == files_[1]
+
+
+def test_distillation_trains_the_student_with_descent_guard_and_resume(run, recipe, tmp_path, made):
+    sections = {"train": {**DESCENT["train"], "distill": 0.5, "temperature": 2.0}}
+    out = tmp_path / "out"
+    assert run("train", recipe(**sections), "--out", out).code == 0
+    assert_equal(weights_of(made / "float.keras"), weights_of(made / "float.keras"))
+    start, end = weights_of(made / "w4a4.keras"), weights_of(out / "model.keras")
+    assert any((a != b).any() for a, b in zip(start, end, strict=True))
+    history = fitting.read_history(out / "history.csv")
+    assert {"distillation_loss", "student_loss", "val_accuracy"} < set(history[0])
+    kernel = files.load_model(out / "model.keras").get_layer("mix").kernel_quantizer
+    assert kernel.bits == 4
+
+
+def test_the_distilled_loss_is_the_mixture_that_the_recipe_promises(made):
+    from keras_lowbit import calibrate, quantize_model
+
+    teacher = files.load_model(made / "float.keras")
+    x = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype("float32")
+    y = np.arange(16) % 10
+    student = calibrate(quantize_model(teacher, "w2a2"), x)
+    train = Train(epochs=1, distill=0.25, temperature=2.0)
+    learner = fitting.distiller(teacher, student, train)
+    learner.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    found = float(learner.compute_loss(x=x, y=y, y_pred=student(x), training=False))
+
+    def log_softmax(model, temperature):
+        logits = ops.convert_to_numpy(model(x)).astype("float64") / temperature
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    entropy = -log_softmax(student, 1)[np.arange(16), y].mean()
+    t, s = log_softmax(teacher, 2), log_softmax(student, 2)
+    divergence = (np.exp(t) * (t - s)).sum(-1).mean()
+    assert divergence > 1e-4
+    assert found == pytest.approx(0.75 * entropy + 0.25 * 4 * divergence, rel=1e-4)
+
+
+def test_distillation_needs_logits(run, recipe, tmp_path, made):
+    model = files.load_model(made / "float.keras")
+    outputs = keras.layers.Softmax(name="probabilities")(model.output)
+    keras.Model(model.input, outputs).save(tmp_path / "soft.keras")
+    path = recipe(model={"architecture": str(tmp_path / "soft.keras")}, train={"distill": 0.5})
+    outcome = run("train", path, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert "distill needs a model that ends in logits" in outcome.err
+
+
+def test_tuning_leaves_the_test_images_alone(run, recipe, tmp_path):
+    out = tmp_path / "out"
+    assert run("train", recipe(), "--out", out, "--epochs=0", "--tune").code == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["judged_on"] == "held-out images"
+    assert {s["images"] for s in metrics["accuracy"].values()} == {100}
+
+
+def test_a_float_recipe_makes_a_float_model(run, recipe, tmp_path):
+    out = tmp_path / "out"
+    path = recipe(quantize={"scheme": ""}, train={"epochs": 1})
+    assert run("train", path, "--out", out).code == 0
+    assert files.kind(files.load_model(out / "model.keras")) == "float"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (set(metrics["accuracy"]), metrics["files"]) == ({"float"}, {})
+
+
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        ({"model": {"architecture": "resnet9"}}, "Did you mean"),
+        ({"model": {"weights": "no.h5"}}, "no.h5: no such file of weights"),
+        ({"data": {"name": "digit"}}, "Did you mean 'digits'?"),
+        ({"data": {"holdout": 2000}}, "must hold 1..1436"),
+        ({"train": {"batch_size": 4000}}, "make no batch of 4000"),
+    ],
+)
+def test_a_run_that_cannot_work_ends_before_training(run, recipe, tmp_path, sections, why):
+    outcome = run("train", recipe(**sections), "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert why in outcome.err
+    assert not (tmp_path / "out" / "model.keras").exists()
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_later(run, recipe, tmp_path, small_disk):
+    path, out = recipe(), tmp_path / "out"
+    with small_disk(6000):
+        outcome = run("train", path, "--out", out, "--epochs=0")
+    assert outcome.code == 2
+    assert f"error: {out / 'model.keras'}: File too large; nothing was written" in outcome.err
+    assert not (out / "model.keras").exists()
+    assert run("train", path, "--out", out, "--epochs=0").code == 0
+
+
+def test_depthwise_nets_are_not_compiled_by_xla_on_tensorflow(backend):
+    def net(layer):
+        return keras.Sequential([keras.Input((4, 4, 2)), keras.Sequential([layer])])
+
+    plain = net(keras.layers.Conv2D(2, 3))
+    for layer in (keras.layers.DepthwiseConv2D(3), keras.layers.SeparableConv2D(2, 3)):
+        wanted = False if backend == "tensorflow" else "auto"
+        assert fitting.jit_compile_for(net(layer)) is wanted or backend != "tensorflow"
+        assert fitting.jit_compile_for(net(layer), "on") is True
+    assert fitting.jit_compile_for(plain) == "auto"
+
+
+def test_history_has_one_row_an_epoch_and_numbers_that_read_back(tmp_path):
+    history = fitting.HistoryFile(tmp_path / "h.csv")
+    third = float(np.float32(1 / 3))
+    for epoch, loss in ((0, 1.0), (1, third), (2, 0.1), (1, 0.25)):
+        history.on_epoch_end(epoch, {"loss": loss})
+    rows = fitting.read_history(tmp_path / "h.csv")
+    assert rows == [{"epoch": 0, "loss": 1.0}, {"epoch": 1, "loss": 0.25}]
+    history.on_epoch_end(2, {"loss": third, "val_loss": 2.0})
+    assert fitting.read_history(tmp_path / "h.csv")[2]["loss"] == third

@@ -1,0 +1,53 @@
+"""Known architectures with hostile batch norms: reference, runtime and Keras agree in every code."""
+
+import keras
+import pytest
+
+from keras_lowbit import zoo
+from tests.exactness.hostile import SCHEMES, WEIGHTS, constant_tensors, exported, hostile, quantized
+
+pytest.importorskip("ai_edge_litert")
+
+pytestmark = pytest.mark.runtime
+
+
+def application(name):
+    make = getattr(keras.applications, name)
+    return lambda: make(weights=None, input_shape=(96, 96, 3))
+
+
+BUILD = {
+    "resnet8": lambda: zoo.build("resnet8"),
+    "resnet20": lambda: zoo.build("resnet20"),
+    "MobileNet": application("MobileNet"),
+    "MobileNetV2": application("MobileNetV2"),
+    "ResNet50": application("ResNet50"),
+}
+
+
+def check(name, scheme, weights=WEIGHTS, images=2):
+    small = quantized(hostile(BUILD[name](), seed=1), scheme)
+    for storage in weights:
+        result, codes = exported(small, storage, images=images)
+        counts = result.verification.by_comparison
+        assert len(counts) == 3
+        assert result.mismatches == 0, f"{name} {scheme} {storage}: {result.verification}"
+        # A tensor of one code is exact whatever computes it.
+        assert len(constant_tensors(result, codes)) <= len(result.graph.ops) / 20
+        kernels = {row["kernels"] for row in result.report["ops"] if row["op"] != "softmax"}
+        assert kernels == {"XNNPACK"}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "weights"),
+    [("resnet8", "w4a4", WEIGHTS), ("resnet8", "w2a2", ["int8"]), ("resnet20", "w4a8", ["int8"])],
+)
+def test_no_code_of_a_residual_network_differs(name, scheme, weights):
+    check(name, scheme, weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", BUILD)
+def test_no_code_of_an_architecture_differs(name, scheme):
+    check(name, scheme)

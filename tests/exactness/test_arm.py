@@ -1,0 +1,68 @@
+"""The same files in the aarch64 runtime: no code differs from x86 (`make test-arm`)."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_lowbit import zoo
+from tests.exactness import arm
+from tests.exactness.hostile import exported, hostile, quantized
+from tests.exactness.random_models import Coverage, random_model, random_options
+from tflite_export import flatbuffer, runtime
+
+pytestmark = [
+    pytest.mark.arm,
+    pytest.mark.runtime,
+    pytest.mark.skipif(bool(arm.available()), reason=arm.available() or "ready"),
+]
+
+
+def differing(results, folder):
+    """Wrong codes by file and tensor, and how many were compared, over every tensor."""
+    jobs = []
+    for result, images in results:
+        feeds = dict(zip(result.graph.inputs, images, strict=True))
+        jobs += [(content, feeds) for content in _copies(result)]
+    wrong, compared = {}, 0
+    for i, ((content, feeds), there) in enumerate(zip(jobs, arm.run(jobs, folder), strict=True)):
+        here = runtime.run(content, feeds)
+        assert set(here) == set(there)
+        for name, codes in here.items():
+            compared += codes.size
+            if not np.array_equal(codes, there[name]):
+                wrong[i // 2, name] = int(np.count_nonzero(codes != there[name]))
+    return wrong, compared
+
+
+def _copies(result):
+    return result.content, flatbuffer.with_all_outputs(result.content)
+
+
+def mobilenet():
+    return keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("build", [lambda: zoo.build("resnet8"), mobilenet], ids=["resnet8", "v2"])
+def test_hostile_models_give_the_codes_of_x86(build, weights, tmp_path, capsys):
+    small = quantized(hostile(build(), 1), "w4a4")
+    result = exported(small, weights, images=2)
+    assert result[0].mismatches == 0
+    wrong, compared = differing([result], tmp_path)
+    with capsys.disabled():
+        print(f"\n{small.name} {weights}: {sum(wrong.values())} wrong of {compared:,} codes")
+    assert compared > 10_000
+    assert wrong == {}
+
+
+def test_random_models_give_the_codes_of_x86(tmp_path, capsys):
+    coverage, results = Coverage(), []
+    for seed in range(12):
+        scheme, weights, options = random_options(seed, coverage)
+        small = quantized(random_model(seed, coverage), scheme, seed)
+        weights = "int8" if weights == "int4_all" else weights
+        results.append(exported(small, weights, seed=seed, **options))
+    wrong, compared = differing(results, tmp_path)
+    with capsys.disabled():
+        print(f"\n12 random models: {sum(wrong.values())} wrong of {compared:,} codes")
+    assert wrong == {}

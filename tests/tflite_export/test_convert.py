@@ -1,0 +1,309 @@
+"""From a trained model to a file: what is written, what is refused, and how it is said."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+pytest.importorskip("ai_edge_litert")
+
+from keras_lowbit import calibrate, freeze, quantize_model
+from tflite_export import NotExportable, check, convert, runtime
+
+pytestmark = pytest.mark.runtime
+
+K = keras.layers
+SHAPE = (7, 5, 3)
+
+
+def images(count=4, seed=0):
+    return np.random.default_rng(seed).random((count, *SHAPE), np.float32)
+
+
+def body(x):
+    """Convolution, pointwise convolution, residual addition, mean, dense."""
+    x = K.Conv2D(4, 3, padding="same", activation="relu", name="stem")(x)
+    y = K.Conv2D(4, 1, name="point")(x)
+    x = K.Add(name="sum")([x, y])
+    x = K.GlobalAveragePooling2D(name="mean")(x)
+    return K.Dense(3, name="logits")(x)
+
+
+def small():
+    inputs = keras.Input(SHAPE)
+    return keras.Model(inputs, body(inputs))
+
+
+def trained(scheme="w4a4", model=None):
+    return calibrate(quantize_model(model or small(), scheme), images())
+
+
+def test_a_converted_model_matches_in_every_tensor():
+    result = convert(trained(), verify=images(3, seed=1))
+    assert result.mismatches == 0
+    compared = result.verification.by_comparison
+    assert len(compared) == 3
+    assert all(count.compared > 0 for count in compared.values())
+    assert {row["kernels"] for row in result.report["ops"]} == {"XNNPACK"}
+    assert "0 wrong of" in str(result)
+
+
+def test_nothing_is_claimed_without_images():
+    result = convert(trained())
+    assert result.mismatches is None
+    assert "not verified" in str(result)
+
+
+@pytest.mark.once
+def test_one_weight_code_flipped_in_the_bytes_is_counted():
+    from tflite_export.verify import verify
+
+    result = convert(trained())
+    (op,) = (op for op in result.graph if op.source == "point")
+    stored = np.ascontiguousarray(op.kernel.transpose(3, 0, 1, 2)).tobytes()
+    assert result.content.count(stored) == 1
+    # The code of the largest input channel of the first output channel, one step aside.
+    changed = bytes([stored[0] ^ 1]) + stored[1:]
+    content = result.content.replace(stored, changed)
+    found = verify(result.graph, content, images(8))
+    assert found.wrong > 0
+    assert found.by_tensor[op.output].wrong > 0
+    assert found.by_tensor[op.inputs[0]].wrong == 0
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_frozen_model_exports_to_the_same_bytes(tmp_path, weights):
+    model = trained()
+    wanted = convert(model, weights=weights).content
+    frozen = freeze(model, weights=weights)
+    assert convert(frozen, weights=weights).content == wanted
+    frozen.save(tmp_path / "frozen.keras")
+    loaded = keras.models.load_model(tmp_path / "frozen.keras")
+    assert convert(loaded, weights=weights).content == wanted
+
+
+def test_a_trained_model_that_was_saved_exports_to_the_same_bytes(tmp_path):
+    model = trained()
+    model.save(tmp_path / "trained.keras")
+    loaded = keras.models.load_model(tmp_path / "trained.keras")
+    assert convert(loaded).content == convert(model).content
+
+
+@pytest.mark.once
+def test_int4_files_compute_the_codes_of_int8_files():
+    model = trained()
+    eight, four = (convert(model, weights=w, verify=images(2)) for w in ("int8", "int4"))
+    stored = {op.source: op.storage for op in four.graph if op.kind == "fully_connected"}
+    assert stored["point"] == "int4"
+    assert eight.mismatches == four.mismatches == 0
+    feeds = {eight.graph.inputs[0]: images(5)}
+    first, second = runtime.run(eight.content, feeds), runtime.run(four.content, feeds)
+    assert list(first) == list(second)
+    for name, codes in first.items():
+        np.testing.assert_array_equal(codes, second[name])
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["point", "dense"])
+def test_an_odd_number_of_input_channels_stays_int8_where_int4_would_round_otherwise(kind):
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(5, 3, activation="relu")(inputs)
+    x = K.Conv2D(4, 1, name="odd", activation="relu")(x) if kind == "point" else x
+    x = K.Flatten()(x) if kind == "point" else K.Dense(4, name="odd", activation="relu")(x)
+    model = keras.Model(inputs, K.Dense(2)(x))
+    result = convert(trained(model=model), weights="int4", verify=images(8))
+    assert {op.storage for op in result.graph if op.source == "odd"} == {"int8"}
+    assert result.mismatches == 0
+
+
+def test_batches_of_the_file_match():
+    result = convert(trained(), batch=3, verify=images(6))
+    assert result.graph.tensors[result.graph.inputs[0]].shape == (3, *SHAPE)
+    assert result.mismatches == 0
+
+
+def test_pixels_go_in_as_bytes_where_the_model_rescales():
+    inputs = keras.Input(SHAPE, name="photo")
+    model = keras.Model(inputs, body(K.Rescaling(1 / 127.5, -1.0)(inputs)))
+    pixels = np.random.default_rng(0).integers(0, 256, (4, *SHAPE)).astype(np.uint8)
+    model = calibrate(quantize_model(model), pixels.astype(np.float32))
+    result = convert(model, output_type="uint8", verify=pixels)
+    assert runtime.Session(result.content).inputs == {"photo": np.dtype(np.uint8)}
+    assert result.mismatches == 0
+    # Reals in, codes out: the file gives what the trained model gives, within two codes.
+    out = result.graph.tensors[result.graph.outputs[0]]
+    codes = runtime.run(result.content, {"photo": pixels})[result.graph.outputs[0]]
+    reals = (codes.astype(np.float32) - out.zero_point) * out.scale
+    expected = ops.convert_to_numpy(model(pixels.astype(np.float32)))
+    assert np.abs(reals - expected).max() <= 2.01 * out.scale
+
+
+@pytest.mark.parametrize("ends", ["int8", "uint8"])
+def test_ends_can_be_codes(ends):
+    result = convert(trained(), input_type=ends, output_type=ends)
+    low = np.iinfo(ends).min
+    codes = np.random.default_rng(0).integers(low, low + 256, (3, *SHAPE)).astype(ends)
+    verified = convert(trained(), input_type=ends, output_type=ends, verify=codes)
+    assert verified.mismatches == 0
+    session = runtime.Session(result.content)
+    assert set(session.inputs.values()) == {np.dtype(ends)}
+
+
+def test_several_inputs_and_outputs_match():
+    first, second = keras.Input(SHAPE, name="first"), keras.Input(SHAPE, name="second")
+    x = K.Conv2D(3, 3, activation="relu")(first)
+    y = K.Conv2D(3, 3)(second)
+    x = ops.add(x, y)
+    model = keras.Model(
+        [first, second], [K.Dense(2, name="a")(K.Flatten()(x)), K.Conv2D(2, 1, name="b")(x)]
+    )
+    feeds = [images(4), images(4, seed=1)]
+    small_model = calibrate(quantize_model(model, "w4a4"), feeds)
+    result = convert(small_model, verify=feeds)
+    assert len(result.graph.inputs) == len(result.graph.outputs) == 2
+    assert result.mismatches == 0
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_an_uncalibrated_model_names_the_layer_and_the_way_out():
+    with pytest.raises(NotExportable, match=r"is not calibrated\. Run keras_lowbit\.calibrate"):
+        convert(quantize_model(small()))
+
+
+def test_a_dynamic_image_size_is_refused():
+    inputs = keras.Input((None, None, 3))
+    x = K.GlobalAveragePooling2D()(K.Conv2D(3, 3, padding="same")(inputs))
+    model = keras.Model(inputs, K.Dense(2)(x))
+    model = calibrate(quantize_model(model), images())
+    with pytest.raises(NotExportable, match=r"dynamic shape .*Build the model with keras\.Input"):
+        convert(model)
+
+
+def test_a_layer_left_float_is_refused_by_name():
+    model = trained({"*": "w8a8", "point": None})
+    with pytest.raises(NotExportable, match="point stayed float. Quantize it"):
+        convert(model)
+
+
+def test_an_unknown_layer_is_refused_by_name_with_what_is_known():
+    inputs = keras.Input(SHAPE)
+    x = K.LayerNormalization(name="strange")(K.Conv2D(4, 3, name="c")(inputs))
+    model = keras.Model(inputs, K.Dense(2)(K.Flatten()(x)))
+    model = calibrate(quantize_model(model), images())
+    with pytest.raises(NotExportable, match=r"strange \(LayerNormalization\).*global_average_pool"):
+        convert(model)
+
+
+def test_check_names_every_objection_to_a_float_model():
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(4, 3, activation="swish", name="swished")(inputs)
+    x = K.LayerNormalization(name="normed")(x)
+    x = K.Conv2D(4, 1, name="fine")(x)
+    x = K.UpSampling2D(name="larger")(x)
+    model = keras.Model(inputs, K.Dense(2)(K.Flatten()(x)))
+    found = check(model)
+    for name in ("swish", "normed", "larger"):
+        assert sum(name in sentence for sentence in found) == 1, found
+    assert not any("fine" in sentence for sentence in found)
+
+
+def test_check_finds_nothing_in_models_that_convert():
+    assert check(small()) == []
+    assert check(quantize_model(small(), "w4a4")) == []
+    assert check(trained()) == []
+
+
+def test_check_needs_a_known_target():
+    with pytest.raises(ValueError, match=r"Unknown target 'andriod'.*'android'"):
+        check(small(), "andriod")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": "andriod"}, "Did you mean 'android'"),
+        ({"weights": "int2"}, r"weights must be one of .*'int4_all'.*Got 'int2'"),
+        ({"input_type": "int4"}, "input_type must be one of"),
+        ({"output_type": "int16"}, "output_type must be one of"),
+        ({"batch": 0}, "batch must be a whole number of at least 1. Got 0"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        convert(trained(), **arguments)
+
+
+def test_verification_images_must_fit_the_files_input():
+    model = trained()
+    with pytest.raises(ValueError, match="shape"):
+        convert(model, verify=images()[:, :-1])
+    with pytest.raises(ValueError, match="takes uint8: the images hold other values"):
+        convert(model, input_type="uint8", verify=images())
+    with pytest.raises(ValueError, match="1 inputs. Got 2 arrays"):
+        convert(model, verify=[images(), images()])
+
+
+def test_the_old_target_refuses_int4_dense_layers_by_name():
+    with pytest.raises(NotExportable, match=r"point \(fully_connected\): .*weights='int8'"):
+        convert(trained(), target="builtin", weights="int4")
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    result = convert(trained())
+    path = result.save(tmp_path / "net.tflite")
+    assert path.read_bytes() == result.content
+    with pytest.raises(ValueError, match="cannot be written"):
+        result.save(tmp_path / "nowhere" / "net.tflite")
+    assert [p.name for p in tmp_path.iterdir()] == ["net.tflite"]
+
+
+@pytest.mark.once
+def test_a_sum_outside_the_runtimes_range_of_scales_becomes_exact():
+    """A tensor that is 2^-12 of the sum it goes into: the runtime adds ratios from 2^-10 on."""
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(2, 1, name="tiny", activation="relu")(inputs)
+    y = K.Conv2D(2, 1, name="large")(inputs)
+    model = keras.Model(inputs, K.Conv2D(2, 1, name="out")(K.Add(name="sum")([x, y])))
+    tiny = model.get_layer("tiny")
+    tiny.set_weights([w * 2.0**-12 for w in tiny.get_weights()])
+    result = convert(trained("w8a8", model), verify=images(4))
+    assert result.mismatches == 0
+    (op,) = (op for op in result.graph if op.kind == "add")
+    scales = [result.graph.tensors[name].scale for name in (*op.inputs, op.output)]
+    assert min(scales[:2]) / scales[2] == pytest.approx(2.0**-9, rel=1e-5)
+
+
+@pytest.mark.once
+def test_a_channel_that_saturates_on_every_sum_is_exact():
+    """Variance 0 in a batch norm: one unit of a sum is thousands of the output's codes."""
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(4, 3, name="c", use_bias=False)(inputs)
+    x = K.ReLU(6.0)(K.BatchNormalization(name="bn", epsilon=1e-14)(x))
+    model = keras.Model(inputs, K.Dense(2)(K.Flatten()(x)))
+    norm = model.get_layer("bn")
+    norm.moving_variance.assign([0.0, 1e-6, 0.01, 1.0])
+    result = convert(trained("w2a2", model), verify=images(4))
+    assert result.mismatches == 0
+    (op,) = (op for op in result.graph if op.source == "c")
+    tensors = result.graph.tensors
+    multiplier = tensors[op.inputs[0]].scale * op.kernel_scale / tensors[op.output].scale
+    assert multiplier.max() < 256
+    assert multiplier.max() > 250
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4"])
+def test_tensors_that_end_at_different_values_can_be_concatenated(scheme):
+    """A ReLU6 that ends below the grid's last code beside a ReLU that uses all of them."""
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(3, 1, name="short")(inputs)
+    y = K.Conv2D(3, 1, name="long")(inputs)
+    x = K.Concatenate(name="both")([K.ReLU(6.0)(x), K.ReLU()(y)])
+    model = keras.Model(inputs, K.Conv2D(2, 1, name="out")(x))
+    for name, size in (("short", 10), ("long", 40)):
+        layer = model.get_layer(name)
+        layer.set_weights([size * w for w in layer.get_weights()])
+    result = convert(trained(scheme, model), verify=images(4))
+    assert result.mismatches == 0
