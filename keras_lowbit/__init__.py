@@ -11,6 +11,7 @@ from keras_lowbit.packed import save_packed
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform import (
     calibrate,
+    correct_biases,
     fold_batchnorm,
     freeze,
     quantize_model,
@@ -23,6 +24,7 @@ __all__ = [
     "analysis",
     "calibrate",
     "callbacks",
+    "correct_biases",
     "data",
     "fold_batchnorm",
     "freeze",

@@ -159,14 +159,26 @@ def _refer(structure, known: Mapping[int, Ref]):
 def run(
     program: Program, feeds: Iterable[Any], execute: Callable[[Call, tuple, dict], Any]
 ) -> dict[int, Any]:
-    """Interpret a program: `execute(call, args, kwargs)` for each call, values by tensor index."""
+    """Interpret a program: `execute(call, args, kwargs)` for each call in order.
+
+    A value is dropped after its last reader, so memory holds what a forward pass needs.
+
+    Returns:
+        Values of the program's outputs, by tensor index.
+    """
     values = dict(zip((ref.index for ref in program.inputs), feeds, strict=True))
-    for call in program.calls:
+    kept = {ref.index for ref in refs(program.outputs)}
+    last = {ref.index: i for i, call in enumerate(program.calls) for ref in call.inputs}
+    for i, call in enumerate(program.calls):
         results = execute(
             call, substitute(call.args, values), substitute(dict(call.kwargs), values)
         )
         made = refs(call.outputs)
         flat = [results] if len(made) == 1 else keras.tree.flatten(results)
         for ref, value in zip(made, flat, strict=True):
-            values[ref.index] = value
-    return values
+            if ref.index in kept or ref.index in last:
+                values[ref.index] = value
+        for ref in call.inputs:
+            if last[ref.index] == i and ref.index not in kept:
+                values.pop(ref.index, None)
+    return {index: values[index] for index in kept}

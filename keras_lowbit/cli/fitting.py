@@ -116,10 +116,13 @@ def cosine(train, steps, epoch_steps):
 def distiller(teacher, student, train):
     """Keras' distiller around the student: frozen float teacher, logits."""
     teacher.trainable = False
+    # The loss by name, Keras' default, becomes a function, which Keras then applies to raw logits:
+    # only an instance of the class gets the probabilities of softmax(logits / temperature).
+    loss = keras.losses.KLDivergence()
     return keras.distillation.Distiller(
         teacher=teacher,
         student=student,
-        distillation_losses=keras.distillation.LogitsDistillation(temperature=train.temperature),
+        distillation_losses=keras.distillation.LogitsDistillation(train.temperature, loss),
         student_loss_weight=1.0 - train.distill,
     )
 

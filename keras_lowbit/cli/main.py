@@ -85,7 +85,8 @@ def _choose_backend(wanted):
     """Set the backend before Keras is imported, or refuse another one afterwards."""
     if not wanted:
         return
-    os.environ["KERAS_BACKEND"] = wanted
+    if "keras" not in sys.modules:
+        os.environ["KERAS_BACKEND"] = wanted
     import keras
 
     if keras.backend.backend() != wanted:

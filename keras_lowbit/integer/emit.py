@@ -274,6 +274,12 @@ class Emitter:
                 else self.put(identity(part, value.source), grid, f"{part.tensor}_same")
                 for part in parts
             ]
+        if value.op is ir.DepthwiseConv2D:
+            # A strided slice, as a product that keeps codes: the runtime's own is not delegated.
+            sliced = replace(
+                identity(parts[0], value.source), shape=value.shape, attributes=value.attributes
+            )
+            return self._product(sliced, grid, name)
         wanted = self.name(name)
         source = self.tensors[parts[0].tensor]
         self.tensors[wanted] = replace(source, name=wanted, shape=tuple(value.shape))
@@ -372,7 +378,7 @@ def integer_product(value: Linear, made: OnGrid, weights: str = "int8"):
 
 
 def kernel_codes(layer, kernel, quantizer):
-    """`(integer codes, true scales by output channel, bits that hold them)` as the trained layer computes them."""
+    """`(integer codes, true scales by output channel, bits that hold the codes)` of a kernel."""
     if quantizer is None:
         raise NotExportable(f"{layer.name}: its kernel has no quantizer, it would stay float")
     codes, scale = quantizer.encode(ops.convert_to_tensor(kernel))

@@ -14,11 +14,11 @@ from keras import ops
 
 from keras_lowbit import layers, walk
 from keras_lowbit.integer import graph as ir
+from keras_lowbit.integer import moves
 from keras_lowbit.integer.emit import (
     Emitter,
     Image,
     Linear,
-    Moved,
     NotExportable,
     OnGrid,
     Probabilities,
@@ -359,127 +359,6 @@ def _add(lowering, call):
     return Sum(first, second, first.shape, call.name)
 
 
-def _moved(lowering, call, op, **attributes):
-    parts = tuple(lowering.values[r.index] for r in call.inputs)
-    shape = lowering.shape(call.output)
-    value = Moved(op, parts, attributes, shape, call.name)
-    if len(parts) == 1 and isinstance(parts[0], OnGrid) and parts[0].relu is None:
-        # Codes of a tensor on a grid stay on it.
-        return lowering.emitter.put(value, parts[0].grid, call.name)
-    return value
-
-
-def _concatenate(lowering, call):
-    rank = len(call.output.shape)
-    return _moved(lowering, call, ir.Concatenate, axis=call.operation.axis % rank)
-
-
-def _max_pool(lowering, call):
-    pool, strides, padding = _pool_attributes(call)
-    return _moved(lowering, call, ir.MaxPool2D, pool=pool, strides=strides, padding=padding)
-
-
-def _pool_attributes(call):
-    operation = call.operation
-    pool = operation.pool_size
-    pool = (pool, pool) if isinstance(pool, int) else tuple(pool)
-    strides = operation.strides
-    strides = pool if strides is None else strides
-    strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
-    return pool, strides, operation.padding.upper()
-
-
-def _average_pool(lowering, call):
-    pool, strides, padding = _pool_attributes(call)
-    value = lowering.grid_tensor(call)
-    exact = all(
-        (-(-n // s) - 1) * s + k <= n
-        for n, k, s in zip(value.shape[1:3], pool, strides, strict=True)
-    )
-    if padding == "SAME" and not exact:
-        # The runtime, like Keras, does not count padding: no kernel of ones can say that.
-        attributes = {"pool": pool, "strides": strides, "padding": padding}
-        shape = lowering.shape(call.output)
-        return Moved(ir.AveragePool2D, (value,), attributes, shape, call.name)
-    return _window_sum(lowering, call, value, pool, strides, lowering.shape(call.output))
-
-
-def _window_sum(lowering, call, value, pool, strides, shape):
-    """A mean as a depthwise convolution of ones: one rounding, straight to the output's grid."""
-    channels = value.shape[-1]
-    return Linear(
-        op=ir.DepthwiseConv2D,
-        inputs=value,
-        kernel=np.ones((*pool, channels, 1), np.int8),
-        kernel_scale=np.full(channels, 1.0 / math.prod(pool)),
-        bias=np.zeros(channels),
-        kernel_bits=8,
-        shape=shape,
-        source=call.name,
-        attributes={"strides": strides, "padding": "VALID"},
-    )
-
-
-def _global_average_pool(lowering, call):
-    value = lowering.grid_tensor(call)
-    operation = call.operation
-    axis = getattr(operation, "axis", (1, 2))
-    if len(value.shape) != 4 or tuple(a % 4 for a in np.atleast_1d(axis)) != (1, 2):
-        raise NotExportable(f"{call.name}: only a mean over height and width is supported")
-    pool = value.shape[1:3]
-    shape = (value.shape[0], 1, 1, value.shape[-1])
-    mean = _window_sum(lowering, call, value, pool, (1, 1), shape)
-    if operation.keepdims:
-        return mean
-    return Moved(ir.Reshape, (mean,), {}, (shape[0], shape[-1]), call.name)
-
-
-def _pad(lowering, call):
-    operation = call.operation
-    if hasattr(operation, "pad_width"):
-        widths = tuple((int(a), int(b)) for a, b in operation.pad_width)
-        constant = dict(call.kwargs).get("constant_values") or (call.args[1:] or (0,))[0]
-        if operation.mode != "constant" or constant not in (None, 0, 0.0):
-            raise NotExportable(f"{call.name}: only zero padding is supported")
-    else:
-        widths = ((0, 0), *(tuple(p) for p in operation.padding), (0, 0))
-    return _moved(lowering, call, ir.Pad, paddings=widths)
-
-
-def _reshape(lowering, call):
-    return _moved(lowering, call, ir.Reshape)
-
-
-def _same(lowering, call):
-    return lowering.read(call)
-
-
-def _strided_slice(lowering, call):
-    """`x[:, ::s, ::t, :]`: a depthwise 1x1 convolution of ones with strides."""
-    value = lowering.grid_tensor(call)
-    key = call.args[1] if len(call.args) > 1 else dict(call.kwargs).get("key")
-    strides = _slice_strides(key, len(value.shape))
-    if strides is None:
-        raise NotExportable(f"{call.name}: only x[:, ::s, ::t, :] is supported. Got {key}")
-    moved = replace(
-        identity(value, call.name),
-        shape=lowering.shape(call.output),
-        attributes={"strides": strides, "padding": "VALID"},
-    )
-    return lowering.emitter.put(moved, value.grid, call.name)
-
-
-def _slice_strides(key, rank):
-    parts = list(key) if isinstance(key, (tuple, list)) else [key]
-    parts = [p for p in parts if p is not Ellipsis]
-    if rank != 4 or not all(isinstance(p, slice) for p in parts):
-        return None
-    if any(p.start not in (None, 0) or p.stop is not None for p in parts):
-        return None
-    steps = [p.step or 1 for p in parts] + [1] * (4 - len(parts))
-    return (steps[1], steps[2]) if steps[0] == 1 and steps[3] == 1 else None
-
-
 def _numpy(variable):
     return np.asarray(ops.convert_to_numpy(variable), np.float64)
 
@@ -493,12 +372,12 @@ RULES = {
     "normalization": _normalization,
     "rescaling": _rescaling,
     "add": _add,
-    "concatenate": _concatenate,
-    "max_pool": _max_pool,
-    "average_pool": _average_pool,
-    "global_average_pool": _global_average_pool,
-    "pad": _pad,
-    "reshape": _reshape,
-    "dropout": _same,
-    "strided_slice": _strided_slice,
+    "concatenate": moves.concatenate,
+    "max_pool": moves.max_pool,
+    "average_pool": moves.average_pool,
+    "global_average_pool": moves.global_average_pool,
+    "pad": moves.pad,
+    "reshape": moves.reshape,
+    "dropout": moves.same,
+    "strided_slice": moves.strided_slice,
 }

@@ -1,9 +1,17 @@
 """Model in, model out: quantize, calibrate, re-estimate, fold, freeze."""
 
 from keras_lowbit.transform.calibrate import calibrate
+from keras_lowbit.transform.correct_biases import correct_biases
 from keras_lowbit.transform.fold_batchnorm import fold_batchnorm
 from keras_lowbit.transform.freeze import freeze
 from keras_lowbit.transform.quantize_model import quantize_model
 from keras_lowbit.transform.reestimate import reestimate_batchnorm
 
-__all__ = ["calibrate", "fold_batchnorm", "freeze", "quantize_model", "reestimate_batchnorm"]
+__all__ = [
+    "calibrate",
+    "correct_biases",
+    "fold_batchnorm",
+    "freeze",
+    "quantize_model",
+    "reestimate_batchnorm",
+]

@@ -9,9 +9,9 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit import walk
-from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.progress import track
 from keras_lowbit.quantizers import Quantizer
+from keras_lowbit.transform.kernels import fit_kernels
 
 METHODS = ("mse", "minmax", "percentile")
 # Values kept of each tensor for the search of its scale; more do not move 8-bit scales.
@@ -44,7 +44,8 @@ def calibrate(model, images, *, method="mse", batch_size=32, samples=SAMPLES):
     program = walk.flatten(model)
     batches = checked_batches(program, images, batch_size)
     total = sum(len(b[0]) for b in batches)
-    _fit_kernels(program)
+    for call in program.calls:
+        fit_kernels(call.operation)
     reservoir = _Reservoir(samples, total)
     with _observed(program, reservoir):
         for batch in track(batches, "calibrate"):
@@ -56,15 +57,6 @@ def calibrate(model, images, *, method="mse", batch_size=32, samples=SAMPLES):
     for quantizer, x in reservoir.collected():
         quantizer.fit_scale(x, method)
     return model
-
-
-def _fit_kernels(program):
-    """Scales of kernels that have none yet: those of layers that were put in by hand."""
-    for call in program.calls:
-        for kernel in kernels(call.operation):
-            quantizer = kernel.quantizer
-            if quantizer is not None and not float(ops.convert_to_numpy(quantizer.calibrated)):
-                quantizer.fit_scale(ops.convert_to_numpy(kernel.latent))
 
 
 def checked_batches(program, images, batch_size):

@@ -6,23 +6,15 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit import layers
+from keras_lowbit.layers.packed_kernels import kernels
 
 
-def kernels_of(layer):
-    """`[(latent kernel variable, its quantizer)]` of a quantized layer."""
-    if isinstance(layer, layers.QuantizedSeparableConv2D):
-        return [
-            (layer.depthwise_kernel, layer.depthwise_quantizer),
-            (layer.pointwise_kernel, layer.pointwise_quantizer),
-        ]
-    return [(layer.kernel, layer.kernel_quantizer)]
-
-
-def fit_kernels(layer, method="mse"):
-    """Set a quantized layer's kernel scales from its latent kernels."""
-    for kernel, quantizer in kernels_of(layer):
-        if quantizer is not None:
-            quantizer.fit_scale(ops.convert_to_numpy(kernel), method)
+def fit_kernels(layer):
+    """Set kernel scales of least squared error from the latents, where no data set them yet."""
+    for kernel in kernels(layer):
+        quantizer = kernel.quantizer
+        if quantizer is not None and not float(ops.convert_to_numpy(quantizer.calibrated)):
+            quantizer.fit_scale(ops.convert_to_numpy(kernel.latent))
 
 
 def copy_weights(original, layer):
@@ -33,20 +25,21 @@ def copy_weights(original, layer):
     def copy(name):
         getattr(layer, name).assign(ops.convert_to_numpy(getattr(original, name)))
 
-    if isinstance(layer, layers.QuantizedSeparableConv2D):
-        copy("depthwise_kernel")
-        copy("pointwise_kernel")
-    else:
-        copy("kernel")
+    for kernel in kernels(layer):
+        copy(f"{kernel.part}_kernel" if kernel.part else "kernel")
     if original.use_bias:
         copy("bias")
 
 
 def absorb_offset(layer, offset):
     """Put `offset * sum(kernel)` into the bias, for codes that stand for `x - offset`."""
-    kernel = ops.convert_to_numpy(layer.kernel)
-    if isinstance(layer, layers.QuantizedDepthwiseConv2D):
-        total = kernel.sum(axis=(0, 1)).reshape(-1)
-    else:
-        total = kernel.reshape(-1, kernel.shape[-1]).sum(axis=0)
+    total = None
+    for kernel in kernels(layer):
+        latent = ops.convert_to_numpy(kernel.latent)
+        if kernel.part == "depthwise" or isinstance(layer, layers.QuantizedDepthwiseConv2D):
+            total = latent.sum(axis=(0, 1)).reshape(-1)
+        else:
+            # A pointwise kernel behind a depthwise one weighs the sums of that.
+            sums = latent.reshape(-1, latent.shape[-1])
+            total = sums.sum(axis=0) if total is None else total @ sums
     layer.bias.assign(ops.convert_to_numpy(layer.bias) + np.float32(offset) * total)

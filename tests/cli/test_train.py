@@ -127,7 +127,6 @@ def test_distillation_trains_the_student_with_descent_guard_and_resume(run, reci
     sections = {"train": {**DESCENT["train"], "distill": 0.5, "temperature": 2.0}}
     out = tmp_path / "out"
     assert run("train", recipe(**sections), "--out", out).code == 0
-    assert_equal(weights_of(made / "float.keras"), weights_of(made / "float.keras"))
     start, end = weights_of(made / "w4a4.keras"), weights_of(out / "model.keras")
     assert any((a != b).any() for a, b in zip(start, end, strict=True))
     history = fitting.read_history(out / "history.csv")

@@ -148,7 +148,9 @@ def run(jobs, folder, *, cpu="neoverse-n1") -> list[dict]:
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if made.returncode:
-        raise RuntimeError(f"The aarch64 runtime failed ({made.returncode}):\n{made.stderr[-3000:]}")
+        raise RuntimeError(
+            f"The aarch64 runtime failed ({made.returncode}):\n{made.stderr[-3000:]}"
+        )
     with taken.open("rb") as file:
         results = pickle.load(file)
     return [{name: np.concatenate(parts) for name, parts in found.items()} for found in results]

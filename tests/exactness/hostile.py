@@ -72,7 +72,9 @@ def images_for(model, count=4, seed=0):
     arrays = []
     for tensor in model.inputs:
         images = random.random((count, *tensor.shape[1:]), np.float32)
-        images *= np.linspace(0.25, 1, count, dtype=np.float32).reshape(-1, *[1] * (images.ndim - 1))
+        images *= np.linspace(0.25, 1, count, dtype=np.float32).reshape(
+            -1, *[1] * (images.ndim - 1)
+        )
         arrays.append(np.round(255 * images) if pixels else images)
     return arrays
 

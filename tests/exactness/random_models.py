@@ -49,7 +49,9 @@ def random_options(seed, coverage):
     if random.random() < 0.25:
         options["batch"] = 2
         coverage.update(["batch"])
-    ends = random.choice(["float", "uint8 input", "int8 ends", "uint8 output"], p=[0.4, 0.2, 0.2, 0.2])
+    ends = random.choice(
+        ["float", "uint8 input", "int8 ends", "uint8 output"], p=[0.4, 0.2, 0.2, 0.2]
+    )
     if ends == "uint8 input":
         options["input_type"] = "uint8"
     elif ends == "int8 ends":
@@ -75,6 +77,7 @@ class _Maker:
             self.activation, self.norm_first, self.residual, self.residual, self.branches,
             self.three, self.max_pool, self.average_pool, self.padding, self.padded_conv,
             self.shortcut, self.shared, self.nested, self.dropout, self.dense_on_images, self.squeeze,
+            self.sliced,
         )  # fmt: skip
 
     # --- dice -----------------------------------------------------------------------------------
@@ -97,7 +100,11 @@ class _Maker:
     # --- the whole ------------------------------------------------------------------------------
 
     def model(self):
-        shape = (self.random.integers(5, 12), self.random.integers(5, 12), self.random.integers(1, 6))
+        shape = (
+            self.random.integers(5, 12),
+            self.random.integers(5, 12),
+            self.random.integers(1, 6),
+        )
         shape = tuple(int(n) for n in shape)
         if shape[0] % 2 or shape[1] % 2:
             self.count("odd size")
@@ -150,7 +157,9 @@ class _Maker:
 
     def window(self, x, name, *, dilate=False):
         """Kernel size, strides, padding (and dilation) that fit `x`."""
-        size = self.random.integers(2, 4, 2) if self.chance(0.4) else np.repeat(self.pick(1, 2, 3), 2)
+        size = (
+            self.random.integers(2, 4, 2) if self.chance(0.4) else np.repeat(self.pick(1, 2, 3), 2)
+        )
         size = np.minimum(size, x.shape[1:3])
         fields = {"padding": self.pick("same", "valid")}
         self.count(f"{name} {fields['padding'].upper()}")
@@ -299,6 +308,10 @@ class _Maker:
         y = K.BatchNormalization()(y)
         z = ops.pad(x[:, ::2, ::2], [(0, 0), (0, 0), (0, 0), (1, 1)])
         return self.activation(self.added(y, z))
+
+    def sliced(self, x):
+        self.count("strided slice")
+        return x[:, ::2] if self.chance(0.3) else x[:, ::2, ::2]
 
     def shared(self, x):
         self.count("shared layer")

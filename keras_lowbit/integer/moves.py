@@ -1,0 +1,132 @@
+"""Rules for calls that pool, pad, slice, join or reshape: what each becomes in integers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from keras_lowbit.integer import graph as ir
+from keras_lowbit.integer.emit import Linear, Moved, NotExportable, OnGrid
+
+
+def _moved(lowering, call, op, **attributes):
+    parts = tuple(lowering.values[r.index] for r in call.inputs)
+    shape = lowering.shape(call.output)
+    value = Moved(op, parts, attributes, shape, call.name)
+    if len(parts) == 1 and isinstance(parts[0], OnGrid) and parts[0].relu is None:
+        # Codes of a tensor on a grid stay on it.
+        return lowering.emitter.put(value, parts[0].grid, call.name)
+    return value
+
+
+def concatenate(lowering, call):
+    """Tensors side by side, all on the grid of the result."""
+    rank = len(call.output.shape)
+    return _moved(lowering, call, ir.Concatenate, axis=call.operation.axis % rank)
+
+
+def max_pool(lowering, call):
+    """Maximum of codes."""
+    pool, strides, padding = _pool_attributes(call)
+    return _moved(lowering, call, ir.MaxPool2D, pool=pool, strides=strides, padding=padding)
+
+
+def _pool_attributes(call):
+    operation = call.operation
+    pool = operation.pool_size
+    pool = (pool, pool) if isinstance(pool, int) else tuple(pool)
+    strides = operation.strides
+    strides = pool if strides is None else strides
+    strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
+    return pool, strides, operation.padding.upper()
+
+
+def average_pool(lowering, call):
+    """A mean over windows: one rounding, where no padding is counted."""
+    pool, strides, padding = _pool_attributes(call)
+    value = lowering.grid_tensor(call)
+    exact = all(
+        (-(-n // s) - 1) * s + k <= n
+        for n, k, s in zip(value.shape[1:3], pool, strides, strict=True)
+    )
+    if padding == "SAME" and not exact:
+        # The runtime, like Keras, does not count padding: no kernel of ones can say that.
+        attributes = {"pool": pool, "strides": strides, "padding": padding}
+        shape = lowering.shape(call.output)
+        return Moved(ir.AveragePool2D, (value,), attributes, shape, call.name)
+    return _window_sum(lowering, call, value, pool, strides, lowering.shape(call.output))
+
+
+def _window_sum(lowering, call, value, pool, strides, shape):
+    """A mean as a depthwise convolution of ones: one rounding, straight to the output's grid."""
+    channels = value.shape[-1]
+    return Linear(
+        op=ir.DepthwiseConv2D,
+        inputs=value,
+        kernel=np.ones((*pool, channels, 1), np.int8),
+        kernel_scale=np.full(channels, 1.0 / math.prod(pool)),
+        bias=np.zeros(channels),
+        kernel_bits=8,
+        shape=shape,
+        source=call.name,
+        attributes={"strides": strides, "padding": "VALID"},
+    )
+
+
+def global_average_pool(lowering, call):
+    """A mean over height and width."""
+    value = lowering.grid_tensor(call)
+    operation = call.operation
+    axis = getattr(operation, "axis", (1, 2))
+    if len(value.shape) != 4 or tuple(a % 4 for a in np.atleast_1d(axis)) != (1, 2):
+        raise NotExportable(f"{call.name}: only a mean over height and width is supported")
+    pool = value.shape[1:3]
+    shape = (value.shape[0], 1, 1, value.shape[-1])
+    mean = _window_sum(lowering, call, value, pool, (1, 1), shape)
+    if operation.keepdims:
+        return mean
+    return Moved(ir.Reshape, (mean,), {}, (shape[0], shape[-1]), call.name)
+
+
+def pad(lowering, call):
+    """Zeros around a tensor."""
+    operation = call.operation
+    if hasattr(operation, "pad_width"):
+        widths = tuple((int(a), int(b)) for a, b in operation.pad_width)
+        constant = dict(call.kwargs).get("constant_values") or (call.args[1:] or (0,))[0]
+        if operation.mode != "constant" or constant not in (None, 0, 0.0):
+            raise NotExportable(f"{call.name}: only zero padding is supported")
+    else:
+        widths = ((0, 0), *(tuple(p) for p in operation.padding), (0, 0))
+    return _moved(lowering, call, ir.Pad, paddings=widths)
+
+
+def reshape(lowering, call):
+    """The same codes in another shape."""
+    return _moved(lowering, call, ir.Reshape)
+
+
+def same(lowering, call):
+    """A layer that does nothing at inference."""
+    return lowering.read(call)
+
+
+def strided_slice(lowering, call):
+    """`x[:, ::s, ::t, :]`: a depthwise 1x1 convolution of ones with strides."""
+    key = call.args[1] if len(call.args) > 1 else dict(call.kwargs).get("key")
+    strides = _slice_strides(key, len(call.inputs[0].shape))
+    if strides is None:
+        raise NotExportable(f"{call.name}: only x[:, ::s, ::t, :] is supported. Got {key}")
+    return _moved(lowering, call, ir.DepthwiseConv2D, strides=strides, padding="VALID")
+
+
+def _slice_strides(key, rank):
+    parts = list(key) if isinstance(key, (tuple, list)) else [key]
+    parts = [p for p in parts if p is not Ellipsis]
+    if rank != 4 or not all(isinstance(p, slice) for p in parts):
+        return None
+    if any(p.start not in (None, 0) or p.stop is not None for p in parts):
+        return None
+    steps = [p.step or 1 for p in parts] + [1] * (4 - len(parts))
+    return (steps[1], steps[2]) if steps[0] == 1 and steps[3] == 1 else None

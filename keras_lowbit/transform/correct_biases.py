@@ -1,0 +1,119 @@
+"""Biases that undo the mean error of quantization, channel by channel.
+
+Rounded kernels and clipped activations shift the mean of a channel. The shift is measured on
+images, layer after layer in the order of execution, and taken off the bias (or off the batch norm's
+`beta` where one follows), so that every later layer sees corrected inputs.
+
+Reference:
+    Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction, ICCV 2019,
+    arXiv:1906.04721, section 4.2 (the empirical form: means from images).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from keras import ops
+
+from keras_lowbit import walk
+from keras_lowbit.kinds import kind_of
+from keras_lowbit.progress import track
+from keras_lowbit.transform.calibrate import checked_batches, uncalibrated
+
+
+def correct_biases(model, float_model, images):
+    """Match the channel means of a quantized model to those of its float model, in place.
+
+    Args:
+        model: a calibrated model of `quantize_model`.
+        float_model: the model it was made from.
+        images: array `(n, ...)`, kept in memory with the activations of one layer at a time; a
+            few dozen are enough.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: an uncalibrated model, images that do not fit, or a float model of other layers.
+    """
+    missing = uncalibrated(model)
+    if missing:
+        raise ValueError(f"Calibrate the model first: {missing[:3]} have seen no data")
+    means = _float_means(walk.flatten(float_model), images)
+    program = walk.flatten(model)
+    sites = _sites(program)
+    known = [name for name in sites.values() if name in means]
+    if not known:
+        raise ValueError(
+            f"{float_model.name} shares no layer names with {model.name}: pass the float model "
+            "that it was quantized from"
+        )
+    (batch,) = checked_batches(program, images, len(images))
+    feeds = _feeds(program, batch)
+    bar = iter(track(range(len(program.calls)), "correct biases"))
+
+    def execute(call, args, kwargs):
+        next(bar, None)
+        outputs = call.operation(*args, **kwargs)
+        name = sites.get(call.output.index) if len(walk.refs(call.outputs)) == 1 else None
+        if name not in means:
+            return outputs
+        shift = means[name] - _channel_mean(outputs)
+        variable = _bias_of(call.operation)
+        variable.assign(ops.convert_to_numpy(variable) + shift)
+        return outputs + ops.convert_to_tensor(shift)
+
+    walk.run(program, feeds, execute)
+    return model
+
+
+def _sites(program) -> dict[int, str]:
+    """Tensors whose mean a bias can move, by index: products and the batch norms behind them."""
+    readers = program.readers()
+    found = {}
+    for call in program.calls:
+        followed = [kind_of(c) for c in readers.get(call.output.index, [])] if _single(call) else []
+        if kind_of(call) == "product" and followed != ["batch_norm"]:
+            if _is_linear(call.operation) and call.operation.use_bias:
+                found[call.output.index] = call.name
+        elif kind_of(call) == "batch_norm" and call.operation.center:
+            found[call.output.index] = call.name
+    return found
+
+
+def _single(call):
+    return len(walk.refs(call.outputs)) == 1
+
+
+def _is_linear(layer):
+    return layer.activation is None or layer.activation.__name__ == "linear"
+
+
+def _bias_of(layer):
+    return layer.beta if hasattr(layer, "beta") else layer.bias
+
+
+def _float_means(program, images):
+    """Channel means of the outputs that `_sites` names, by layer name as in the quantized model."""
+    (batch,) = checked_batches(program, images, len(images))
+    means = {}
+
+    def execute(call, args, kwargs):
+        outputs = call.operation(*args, **kwargs)
+        if _single(call) and kind_of(call) in ("product", "batch_norm"):
+            means[call.name.replace("/", "_")] = _channel_mean(outputs)
+        return outputs
+
+    walk.run(program, _feeds(program, batch), execute)
+    return means
+
+
+def _feeds(program, batch):
+    return [
+        ops.convert_to_tensor(array.astype(ref.dtype))
+        for array, ref in zip(batch, program.inputs, strict=True)
+    ]
+
+
+def _channel_mean(x):
+    axes = tuple(range(len(x.shape) - 1))
+    return np.asarray(ops.convert_to_numpy(ops.mean(x, axis=axes)), np.float32)

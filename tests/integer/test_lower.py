@@ -1,0 +1,183 @@
+"""What Keras layers become: graphs as text, and single rules with numbers worked by hand."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_lowbit import NotExportable, calibrate, quantize_model
+from keras_lowbit import layers as quantized_layers
+from keras_lowbit.integer import graph as ir
+from keras_lowbit.integer import reference
+from keras_lowbit.integer.build import integer_graph
+
+K = keras.layers
+
+
+def fixed(model, scheme, reach=4.0):
+    """The model at a scheme with grids that no backend's arithmetic decides."""
+    small = quantize_model(model, scheme)
+    for layer in small.layers:
+        if isinstance(layer, quantized_layers.Quantize):
+            low = -reach if layer.quantizer.signed else 0.0
+            layer.quantizer.fit_scale(np.array([low, reach], np.float32), "minmax")
+        elif hasattr(layer, "kernel_quantizer"):
+            kernel = ops.convert_to_numpy(layer.kernel)
+            layer.kernel.assign(np.linspace(-1, 1, kernel.size).reshape(kernel.shape))
+            layer.kernel_quantizer.fit_scale(ops.convert_to_numpy(layer.kernel), "minmax")
+    return small
+
+
+def separable_block():
+    """Depthwise-separable residual block of MobileNetV2's kind, batch norm everywhere."""
+
+    def norm(x, name):
+        return K.BatchNormalization(name=f"{name}_bn")(x)
+
+    image = keras.Input((9, 7, 3), name="image")
+    x = K.Conv2D(8, 3, strides=2, padding="same", use_bias=False, name="stem")(image)
+    x = K.ReLU(6.0, name="stem_relu")(norm(x, "stem"))
+    y = norm(K.Conv2D(16, 1, use_bias=False, name="expand")(x), "expand")
+    y = K.ReLU(6.0, name="expand_relu")(y)
+    y = norm(K.DepthwiseConv2D(3, padding="same", use_bias=False, name="spatial")(y), "spatial")
+    y = K.ReLU(6.0, name="spatial_relu")(y)
+    y = norm(K.Conv2D(8, 1, use_bias=False, name="project")(y), "project")
+    x = K.Add(name="sum")([x, y])
+    x = K.GlobalAveragePooling2D(name="mean")(x)
+    return keras.Model(image, K.Dense(5, activation="softmax", name="classes")(x), name="block")
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4"])
+def test_a_separable_residual_block_reads_as_written(scheme, weights, golden):
+    graph = integer_graph(fixed(separable_block(), scheme), weights=weights)
+    golden(f"separable_block_{scheme}_{weights}", ir.dump(graph))
+
+
+def one(model, kind, **options):
+    """The only operation of a kind in a calibrated model's graph, and the graph."""
+    graph = integer_graph(model, **options)
+    (op,) = (op for op in graph if op.kind == kind)
+    return op, graph
+
+
+def rows(*lists):
+    return [np.array(values, np.float32) for values in lists]
+
+
+def data(*shape):
+    return np.random.default_rng(0).random((8, *shape), np.float32)
+
+
+def test_batch_norm_becomes_scales_signs_and_a_bias():
+    """gain = gamma / sqrt(var + eps) = -2 and 0.5; shift = beta - gain * mean = 1 - (-2)(3) = 7."""
+    inputs = keras.Input((4, 4, 2))
+    x = K.Conv2D(2, 1, use_bias=False, name="c")(inputs)
+    x = K.BatchNormalization(epsilon=0.0, name="bn")(x)
+    model = keras.Model(inputs, x)
+    kernel = np.array([[1.0, 0.5], [-0.25, 1.0]], np.float32).reshape(1, 1, 2, 2)
+    model.get_layer("c").kernel.assign(kernel)
+    model.get_layer("bn").set_weights(rows([-4, 1], [1, 0], [3, 0], [4, 4]))
+    small = calibrate(quantize_model(model), data(4, 4, 2))
+    layer = small.get_layer("c")
+    codes, scale = layer.kernel_quantizer.encode(layer.kernel)
+    codes, scale = ops.convert_to_numpy(codes), ops.convert_to_numpy(scale).reshape(-1)
+    op, graph = one(small, "conv_2d", input_type="int8", output_type="int8")
+    np.testing.assert_array_equal(op.kernel, codes * np.array([-1, 1]))
+    np.testing.assert_allclose(op.kernel_scale, scale * np.array([2, 0.5]), rtol=1e-6)
+    unit = graph.tensors[op.inputs[0]].scale * op.kernel_scale
+    np.testing.assert_array_equal(op.bias, np.rint(np.array([7.0, 0.0]) / unit))
+
+
+def test_a_channel_without_gain_keeps_its_bias_and_a_normal_scale():
+    inputs = keras.Input((4, 4, 2))
+    x = K.BatchNormalization(name="bn")(K.Conv2D(3, 1, name="c")(inputs))
+    model = keras.Model(inputs, x)
+    model.get_layer("bn").set_weights(rows([1, 0, 1], [0, 0.5, 0], [0, 0, 0], [1, 1, 1]))
+    small = calibrate(quantize_model(model), data(4, 4, 2))
+    op, graph = one(small, "conv_2d")
+    assert not op.kernel[..., 1].any()
+    assert op.kernel[..., [0, 2]].any()
+    assert (op.kernel_scale > 1e-6).all()
+    unit = graph.tensors[op.inputs[0]].scale * op.kernel_scale[1]
+    assert op.bias[1] * unit == pytest.approx(0.5, abs=graph.tensors[op.output].scale)
+
+
+@pytest.mark.parametrize(("size", "before"), [(8, 0), (7, 1)])
+def test_padding_that_same_would_have_put_there_melts_into_the_convolution(size, before):
+    inputs = keras.Input((size, size, 2))
+    x = K.ReLU()(K.Conv2D(2, 1, name="c")(inputs))
+    x = K.ZeroPadding2D(((before, 1), (before, 1)))(x)
+    model = keras.Model(inputs, K.Conv2D(2, 3, strides=2, name="d")(x))
+    graph = integer_graph(calibrate(quantize_model(model), data(size, size, 2)))
+    assert [op.kind for op in graph] == ["quantize", "conv_2d", "conv_2d", "dequantize"]
+    assert graph.ops[2].padding == "SAME"
+
+
+def test_other_padding_stays():
+    inputs = keras.Input((8, 8, 2))
+    x = K.ZeroPadding2D(((1, 0), (1, 0)))(K.ReLU()(K.Conv2D(2, 1)(inputs)))
+    model = keras.Model(inputs, K.Conv2D(2, 3, strides=2, name="d")(x))
+    op, _ = one(calibrate(quantize_model(model), data(8, 8, 2)), "pad")
+    assert op.paddings == ((0, 0), (1, 0), (1, 0), (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "zero_point", "scale", "activation"),
+    [("w4a4", -128, 6 / 15, "relu6"), ("w2a2", -128, 6 / 3, "relu6"), ("w2a8", -128, None, "relu")],
+)
+def test_unsigned_grids_end_at_a_fused_relu6(scheme, zero_point, scale, activation):
+    inputs = keras.Input((4, 4, 2))
+    x = K.Conv2D(2, 1, activation="relu", name="c")(inputs)
+    x = K.Conv2D(2, 1, activation="relu", name="d")(x)
+    model = keras.Model(inputs, K.Conv2D(2, 1, name="e")(x))
+    graph = integer_graph(calibrate(quantize_model(model, scheme), data(4, 4, 2)))
+    op = next(op for op in graph if op.source == "c")
+    tensor = graph.tensors[op.output]
+    assert tensor.zero_point == zero_point
+    if scale is None:
+        assert op.activation in ("none", activation)
+    else:
+        assert op.activation == activation
+        assert tensor.scale == pytest.approx(scale, rel=1e-6)
+
+
+def test_an_output_that_is_read_nowhere_else_costs_nothing():
+    """Both grids of a branch exist in Keras; the graph keeps what its outputs need."""
+    inputs = keras.Input((4, 4, 2))
+    x = K.Conv2D(2, 1, activation="relu", name="c")(inputs)
+    model = keras.Model(inputs, K.Conv2D(2, 1, name="d")(x))
+    graph = integer_graph(calibrate(quantize_model(model), data(4, 4, 2)))
+    assert [op.kind for op in graph] == ["quantize", "conv_2d", "conv_2d", "dequantize"]
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_a_strided_slice_is_a_product_of_ones_that_keeps_codes(readers):
+    inputs = keras.Input((5, 6, 2))
+    x = K.Conv2D(2, 1, activation="relu", name="c")(inputs)
+    y = K.Conv2D(2, 1, name="d")(x[:, ::2, ::3])
+    model = keras.Model(inputs, [y, K.Conv2D(2, 1)(x)][:readers])
+    graph = integer_graph(calibrate(quantize_model(model), data(5, 6, 2)))
+    (op,) = (op for op in graph if op.kind == "depthwise_conv_2d")
+    assert op.strides == (2, 3)
+    values = reference.run(graph, {graph.inputs[0]: data(5, 6, 2)})
+    np.testing.assert_array_equal(values[op.output], values[op.inputs[0]][:, ::2, ::3])
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda x: K.Activation("tanh", name="t")(x), "t: activation 'tanh' has no exact"),
+        (lambda x: ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]], "reflect"), "only zero padding"),
+        (lambda x: x[:, 1:, ::2], r"only x\[:, ::s, ::t, :\] is supported"),
+        (lambda x: K.LayerNormalization(name="n")(x), "n .LayerNormalization. has no integer form"),
+        (lambda x: K.ReLU(negative_slope=0.1, name="r")(x), "r: activation 'relu_variant'"),
+    ],
+)
+def test_what_has_no_integer_form_is_refused_by_name(layer, message):
+    inputs = keras.Input((6, 6, 2))
+    x = layer(K.Conv2D(2, 1, activation="relu", name="c")(inputs))
+    model = keras.Model(inputs, K.Dense(2)(K.Flatten()(x)))
+    small = calibrate(quantize_model(model), data(6, 6, 2))
+    with pytest.raises(NotExportable, match=message):
+        integer_graph(small)
