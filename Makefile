@@ -78,10 +78,10 @@ test-old-runtime: install $(OLD)/.installed
 	  tests/exactness/test_old_runtime.py
 
 bench: install
-	@status=0; for backend in $(BACKENDS); do \
-	  echo "== backend: $$backend"; \
-	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q -s -m bench || status=1; \
-	done; exit $$status
+	@for backend in $(BACKENDS); do \
+	  PYTHONPATH=. KERAS_BACKEND=$$backend $(BIN)/python tests/benchmarks/training_step.py $(BENCH_ARGS) \
+	    || exit 1; \
+	done
 
 lint: install
 	@$(BIN)/ruff check .

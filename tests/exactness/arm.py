@@ -12,14 +12,17 @@ import pickle
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
 
 ARM = Path(__file__).parents[2] / ".arm"
 ROOT = ARM / "root"
 QEMU = ARM / "host/usr/bin/qemu-aarch64-static"
 READY = ARM / "ready"
 PYTHON = "python3.11"
-WHEELS = ("ai-edge-litert", "numpy", "flatbuffers", "backports.strenum", "protobuf", "tqdm")
+WHEELS = ("ai-edge-litert", "numpy")
 
 # The runtime reads its features here and crashes without the file. No i8mm: qemu 7.2 computes
 # garbage with it.
@@ -107,16 +110,12 @@ def _packages():
 
 
 def _wheels():
-    from importlib.metadata import version
-
-    pinned = [f"{WHEELS[0]}=={version(WHEELS[0])}", f"{WHEELS[1]}=={version(WHEELS[1])}"]
+    pinned = [f"{name}=={version(name)}" for name in WHEELS]
     where = ["--platform", "manylinux_2_27_aarch64", "--platform", "manylinux2014_aarch64"]
     where += ["--platform", "manylinux_2_28_aarch64", "--python-version", "3.11"]
     target = ROOT / "site"
-    _run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:", "--target"]
-        + [target, "--upgrade", *where, *pinned]
-    )
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:", "--upgrade"]
+    _run([*pip, "--target", target, *where, *pinned])
 
 
 def _run(command):
@@ -131,8 +130,6 @@ def available() -> str:
 
 def run(jobs, folder, *, cpu="neoverse-n1") -> list[dict]:
     """Outputs of `[(file content, inputs by name)]` in the aarch64 runtime, by tensor name."""
-    import numpy as np
-
     given, taken = Path(folder) / "jobs.pickle", Path(folder) / "results.pickle"
     with given.open("wb") as file:
         pickle.dump(jobs, file, protocol=4)

@@ -15,16 +15,22 @@ SCHEMES = ("w8a8", "w4a8", "w4a4", "w2a2")
 WEIGHTS = ("int8", "int4")
 
 
-def hostile(model: keras.Model, seed: int) -> keras.Model:
+def hostile(model: keras.Model, seed: int, gain: float = np.inf) -> keras.Model:
     """Random kernels, and batch norms that a trained model might have on a bad day, in place.
 
     One channel in eight of a batch norm has gamma 0, one in eight a variance of 1e-7 to 1e-3;
     half of the gammas are negative; means are up to three deviations away.
+
+    Args:
+        model: any Keras model.
+        seed: decides everything.
+        gain: largest root mean square of a batch norm's gains; deep models without bounded
+            activations overflow float32 without a limit.
     """
     random = np.random.default_rng(seed)
     for layer in _leaves(model):
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.set_weights(_hostile_norm(layer, random))
+            layer.set_weights(_hostile_norm(layer, random, gain))
         elif layer.weights:
             layer.set_weights([_random_like(w, random) for w in layer.weights])
     return model
@@ -45,7 +51,7 @@ def _random_like(weight, random):
     return (kernel * random.uniform(0.1, 2, shape[-1])).astype(np.float32)
 
 
-def _hostile_norm(layer, random):
+def _hostile_norm(layer, random, gain):
     channels = (layer.moving_mean.shape[0],)
 
     def rare():
@@ -56,6 +62,8 @@ def _hostile_norm(layer, random):
     variance = random.uniform(0.3, 2.0, channels)
     tiny = rare()
     variance[tiny] = 10.0 ** random.uniform(-7, -3, tiny.sum())
+    size = np.sqrt(np.mean(gamma**2 / (variance + layer.epsilon)))
+    gamma *= min(1, gain / size) if size else 1
     values = {
         "gamma": gamma,
         "beta": random.normal(0, 0.5, channels),

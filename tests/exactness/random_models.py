@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-import collections
-
 import keras
 import numpy as np
 from keras import ops
 
+from tests.exactness.coverage import Coverage
 from tests.exactness.hostile import hostile
 
 K = keras.layers
-
-
-class Coverage(collections.Counter):
-    """How often each operation and attribute was used."""
-
-    def missing(self, least):
-        """Features of `FEATURES` seen less often than `least`, with their counts."""
-        return {f: self[f] for f in FEATURES if self[f] < least}
-
-    def __str__(self):
-        return ", ".join(f"{name} {self[name]}" for name in FEATURES)
-
-
-FEATURES = (
-    "conv", "conv 1x1", "conv groups", "conv dilation", "conv strides", "conv SAME", "conv VALID",
-    "conv without bias", "conv even kernel",
-    "depthwise", "depthwise multiplier", "depthwise strides", "depthwise dilation",
-    "depthwise SAME", "depthwise VALID", "separable", "separable multiplier", "dense", "dense on images",
-    "fused relu", "fused relu6", "relu", "relu6", "ops.relu", "linear",
-    "batch norm", "batch norm before a product",
-    "add", "ops.add", "add of three", "concatenate", "concatenate of rows",
-    "max pool SAME", "max pool VALID", "max pool strides", "average pool SAME", "average pool VALID",
-    "global average pool", "global average pool keepdims",
-    "zero padding", "padding as SAME", "ops.pad", "strided slice", "flatten", "reshape", "dropout",
-    "shared layer", "nested model", "odd size", "several inputs", "several outputs", "softmax",
-    "rescaling", "batch", "uint8 input", "int8 ends", "uint8 output",
-)  # fmt: skip
 
 
 def random_options(seed, coverage):
@@ -76,8 +48,8 @@ class _Maker:
             self.conv, self.conv, self.pointwise, self.depthwise, self.depthwise, self.separable,
             self.activation, self.norm_first, self.residual, self.residual, self.branches,
             self.three, self.max_pool, self.average_pool, self.padding, self.padded_conv,
-            self.shortcut, self.shared, self.nested, self.dropout, self.dense_on_images, self.squeeze,
-            self.sliced,
+            self.shortcut, self.shared, self.nested, self.dropout, self.dense_on_images,
+            self.squeeze, self.sliced,
         )  # fmt: skip
 
     # --- dice -----------------------------------------------------------------------------------
@@ -111,7 +83,7 @@ class _Maker:
         inputs = [keras.Input(shape, name="image")]
         x = inputs[0]
         if self.maybe(0.3, "rescaling"):
-            x = K.Rescaling(*self.pick((2.0, -1.0), (1 / 255.0, 0.0), (0.5, 0.0)))(x)
+            x = K.Rescaling(*self.pick((1 / 127.5, -1.0), (1 / 255.0, 0.0), (0.01, 0.0)))(x)
         x = self.stem(x)
         if self.maybe(0.25, "several inputs"):
             other = keras.Input(shape, name="other")
@@ -248,9 +220,8 @@ class _Maker:
         return K.Add()(list(tensors))
 
     def joined(self, x, y):
-        if x.shape[1:3] != y.shape[1:3] or self.chance(0.5):
-            if x.shape[1:] == y.shape[1:]:
-                return self.added(x, y)
+        if self.chance(0.5):
+            return self.added(x, y)
         self.count("concatenate")
         return K.Concatenate()([x, y])
 

@@ -6,8 +6,9 @@ import pytest
 
 from keras_lowbit import zoo
 from tests.exactness import arm
+from tests.exactness.coverage import Coverage
 from tests.exactness.hostile import exported, hostile, quantized
-from tests.exactness.random_models import Coverage, random_model, random_options
+from tests.exactness.random_models import random_model, random_options
 from tflite_export import flatbuffer, runtime
 
 pytestmark = [

@@ -15,8 +15,9 @@ import pytest
 from keras_lowbit import zoo
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer import reference
+from tests.exactness.coverage import Coverage
 from tests.exactness.hostile import exported, hostile, quantized
-from tests.exactness.random_models import Coverage, random_model, random_options
+from tests.exactness.random_models import random_model, random_options
 from tflite_export import flatbuffer
 
 PYTHON = Path(__file__).parents[2] / ".venv-old/bin/python"

@@ -5,8 +5,9 @@ import pytest
 pytest.importorskip("ai_edge_litert")
 
 from keras_lowbit import NotExportable
+from tests.exactness.coverage import Coverage
 from tests.exactness.hostile import constant_tensors, exported, quantized
-from tests.exactness.random_models import Coverage, random_model, random_options
+from tests.exactness.random_models import random_model, random_options
 from tflite_export.verify import KERAS
 
 pytestmark = pytest.mark.runtime

@@ -183,7 +183,7 @@ def test_a_dynamic_image_size_is_refused():
 
 def test_a_layer_left_float_is_refused_by_name():
     model = trained({"*": "w8a8", "point": None})
-    with pytest.raises(NotExportable, match="point stayed float. Quantize it"):
+    with pytest.raises(NotExportable, match="point stayed float"):
         convert(model)
 
 
@@ -241,7 +241,7 @@ def test_verification_images_must_fit_the_files_input():
         convert(model, verify=images()[:, :-1])
     with pytest.raises(ValueError, match="takes uint8: the images hold other values"):
         convert(model, input_type="uint8", verify=images())
-    with pytest.raises(ValueError, match="1 inputs. Got 2 arrays"):
+    with pytest.raises(ValueError, match="Got 2 arrays"):
         convert(model, verify=[images(), images()])
 
 

@@ -1,0 +1,110 @@
+"""Time of one training step, quantized over float, alternating in one process.
+
+    KERAS_BACKEND=tensorflow python tests/benchmarks/training_step.py [--nets resnet20] [--rounds 7]
+
+Prints absolute times and the ratio of the fastest quantized to the fastest float form. Medians of
+alternating steps; run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import keras_lowbit as klb
+from keras_lowbit.progress import table
+
+NETS = {"resnet20": ((32, 32, 3), 128), "mobilenet_v2": ((96, 96, 3), 16)}
+
+
+def float_net(name):
+    """The float model of a benchmark."""
+    shape, _ = NETS[name]
+    if name == "mobilenet_v2":
+        return keras.applications.MobileNetV2(weights=None, input_shape=shape, classes=100)
+    return klb.zoo.build(name, input_shape=shape)
+
+
+def forms(name, scheme):
+    """`{label: compiled model}`; one that Keras compiles whole and one that it does not."""
+    backend = keras.backend.backend()
+    shape, _ = NETS[name]
+    images = np.random.default_rng(0).integers(0, 256, (16, *shape)).astype("float32")
+    choices = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}[backend]
+    made = {}
+    for jit in choices:
+        net = float_net(name)
+        quantized = klb.calibrate(klb.quantize_model(net, scheme), images)
+        for kind, model in (("float", net), (scheme, quantized)):
+            logits = model.layers[-1].name in ("linear", f"{name}_dequantize")
+            model.compile(
+                optimizer=keras.optimizers.SGD(0.01, momentum=0.9),
+                loss=keras.losses.SparseCategoricalCrossentropy(from_logits=logits),
+                jit_compile=jit,
+            )
+            made[kind, "jit" if jit else "plain"] = model
+    return made
+
+
+def measure(name, scheme, rounds):
+    """Median seconds of a step by form."""
+    shape, batch = NETS[name]
+    random = np.random.default_rng(1)
+    x = random.integers(0, 256, (batch, *shape)).astype("float32")
+    y = random.integers(0, 10, batch)
+    models = forms(name, scheme)
+    times = {form: [] for form in models}
+    for i in range(rounds + 2):
+        for form, model in models.items():
+            start = time.perf_counter()
+            model.train_on_batch(x, y)
+            if i >= 2:  # the first compiles, the second warms up
+                times[form].append(time.perf_counter() - start)
+    return {form: statistics.median(found) for form, found in times.items()}
+
+
+def processor():
+    """Name of the processor."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--scheme", default="w4a4")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out")
+    given = parser.parse_args()
+    backend = keras.backend.backend()
+    rows, kept = [], {}
+    for name in given.nets:
+        found = measure(name, given.scheme, given.rounds)
+        best = {k: min(t for (kind, _), t in found.items() if kind == k) for k, _ in found}
+        ratio = best["float"] / best[given.scheme]
+        for (kind, form), seconds in found.items():
+            rows.append(
+                (name, kind, form, f"{1000 * seconds:.0f}", f"{NETS[name][1] / seconds:.0f}")
+            )
+        rows.append((name, "speed, quantized over float", "fastest", "", f"{ratio:.2f}"))
+        kept[name] = {f"{k} {f}": s for (k, f), s in found.items()} | {"ratio": ratio}
+    title = f"one training step on {backend}, {processor()}"
+    print(table(title, ("net", "model", "form", "ms", "images/s"), rows))
+    if given.out:
+        kept |= {"backend": backend, "processor": processor(), "scheme": given.scheme}
+        Path(given.out).write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
