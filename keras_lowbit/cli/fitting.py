@@ -53,7 +53,7 @@ def fit(model, train, dataset, *, teacher=None, held_out=None, history, backup, 
         optimizer=_optimizer(train, len(batches)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=logits),
         metrics=["accuracy"],
-        jit_compile=jit_compile_for(model, train.jit_compile),
+        jit_compile=jit_compile_for(model, train.xla),
     )
     validation = None
     if held_out is not None:
@@ -139,10 +139,10 @@ def jit_compile_for(model, wanted="auto"):
 
     XLA's depthwise convolutions are several times slower on a CPU.
     """
-    if wanted != "auto":
-        return wanted == "on"
     if keras.backend.backend() != "tensorflow":
         return "auto"
+    if wanted != "auto":
+        return wanted == "on"
     kinds = {type(call.operation).__name__ for call in walk.flatten(model).calls}
     slow = any("Depthwise" in kind or "Separable" in kind for kind in kinds)
     return False if slow else "auto"

@@ -16,7 +16,7 @@ METHODS = ("mse", "minmax", "percentile")
 WEIGHTS = ("int8", "int4", "int4_all")
 TYPES = ("float32", "int8", "uint8")
 TARGETS = ("android", "builtin")
-COMPILING = ("auto", "on", "off")
+XLA = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class Train:
     `bit_descent` maps an epoch (a string in TOML) to bits. `distill` mixes in the logits of the
     float model: loss = (1 - distill) * cross-entropy + distill * T^2 * KL(teacher, student).
     `reestimate_batches`: batches of training images for batch-norm statistics after the last epoch.
-    `jit_compile`: `"auto"` leaves the choice to Keras, except for depthwise convolutions on
-    TensorFlow, which XLA makes slow on a CPU; `"on"`, `"off"`. Short runs are done sooner without.
+    `xla` is for TensorFlow (JAX always compiles, PyTorch never): `"auto"` leaves the choice to
+    Keras, except for depthwise convolutions, which XLA makes slow on a CPU; `"on"`; `"off"`, with
+    which short runs are done sooner.
     """
 
     epochs: int = 0
@@ -90,7 +91,7 @@ class Train:
     distill: float = 0.0
     temperature: float = 1.0
     reestimate_batches: int = 0
-    jit_compile: str = "auto"
+    xla: str = "auto"
     seed: int = 0
 
 
@@ -231,8 +232,8 @@ def checked(recipe: Recipe, path: str) -> Recipe:
     one_of = {
         ("data", "channels"): (1, 3),
         ("quantize", "method"): METHODS,
-        ("pretrain", "jit_compile"): COMPILING,
-        ("train", "jit_compile"): COMPILING,
+        ("pretrain", "xla"): XLA,
+        ("train", "xla"): XLA,
         ("export", "target"): TARGETS,
         ("export", "input_type"): ("", *TYPES),
         ("export", "output_type"): TYPES,

@@ -11,7 +11,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_lowbit import layers, quantizers, walk
 from keras_lowbit.kinds import TRANSPARENT, activation_name, kind_of
@@ -167,9 +166,7 @@ class _Builder:
                     step = layers.Quantize(bits=STREAM_BITS, name=self._name(f"{call.name}_{i}_q"))
                     total = self._dequantized(step(total), f"{call.name}_{i}")
             return total
-        if isinstance(call.operation, keras.layers.Layer):
-            return keras.layers.Add(name=self._name(call.name))(tensors)
-        return ops.add(*tensors)
+        return keras.layers.Add(name=self._name(call.name))(tensors)
 
     # --- reading tensors ----------------------------------------------------------------------
 
@@ -278,6 +275,9 @@ class _Builder:
             if isinstance(original, keras.layers.Layer):
                 config["name"] = self._name(call.name)
             operation = type(original).from_config(config)
+            if not isinstance(original, keras.layers.Layer):
+                # Keras counts on from names in use, which may be those of copied layers.
+                operation.name = self._name(call.name)
             self.clones[id(original)] = operation
         results = operation(
             *walk.substitute(call.args, read), **walk.substitute(dict(call.kwargs), read)

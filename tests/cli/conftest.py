@@ -93,7 +93,7 @@ def recipe(made, tmp_path):
         }
         for section, values in sections.items():
             settings.setdefault(section, {}).update(values)
-        settings["train"].setdefault("jit_compile", "off")
+        settings["train"].setdefault("xla", "off")
         path = tmp_path / f"{name}.toml"
         path.write_text(
             "\n".join(

@@ -42,7 +42,7 @@ def test_whole_numbers_are_taken_for_reals(tmp_path):
         ("[train]\nepochs = 2\nbit_descent = {2 = 4}", "'2' is no epoch of 0..1"),
         ("[train]\nepochs = 2\nbit_descent = {1 = 9}", "bits must be 1..8. Got 9"),
         ("[train]\nepochs = 2\nbit_descent = {1 = true}", "bits must be 1..8. Got True"),
-        ("[train]\njit_compile = 'yes'", "jit_compile must be one of ('auto', 'on', 'off')"),
+        ("[train]\nxla = 'yes'", "xla must be one of ('auto', 'on', 'off')"),
         ("[pretrain]\nepochs = 1\ndistill = 0.5", "distill belong to [train]"),
         ("[quantize]\nscheme = 'w4b4'", "[quantize]: Unknown scheme 'w4b4'"),
         ("[quantize]\nscheme = 'w9a9'", "must be from 1 to 8. Got 9"),

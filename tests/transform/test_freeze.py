@@ -87,3 +87,14 @@ def test_unknown_types_are_refused():
         freeze(trained(), input_type="int4")
     with pytest.raises(ValueError, match="weights must be one of"):
         freeze(trained(), weights="int2")
+
+
+def test_operations_keep_names_of_their_own_beside_copied_layers():
+    """Keras counts on from the operations it has seen: its next names are those of the layers."""
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(3, 1, name="add_2")(inputs)
+    y = K.Conv2D(3, 1, name="relu_1")(inputs)
+    x = ops.relu(ops.add(ops.add(x, y), x))
+    model = keras.Model(inputs, K.Dense(2)(K.Flatten()(x)))
+    small = calibrate(quantize_model(model), images())
+    assert integer_graph(small).ops
