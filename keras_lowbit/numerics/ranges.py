@@ -35,7 +35,9 @@ def scale_minmax(x, lo, hi, percentile: float = 100.0):
     scale = np.maximum(top, 0) / hi
     if lo < 0:
         scale = np.maximum(scale, np.minimum(bottom, 0) / lo)
-    return np.maximum(scale, SMALLEST_SCALE).astype(np.float32)
+    # Nothing but code 0: any scale fits, and a tiny one would make the ratios of a sum extreme.
+    scale = np.where(scale == 0, 1.0 / hi, np.maximum(scale, SMALLEST_SCALE))
+    return scale.astype(np.float32)
 
 
 def scale_mse(x, lo, hi, candidates: int = 100):
@@ -53,13 +55,13 @@ def scale_mse(x, lo, hi, candidates: int = 100):
     Returns:
         float32 scales, shape `(channels,)`.
     """
-    widest = scale_minmax(x, lo, hi).astype(np.float64)
+    covering = widest = scale_minmax(x, lo, hi).astype(np.float64)
     if lo < 0 and hi < -lo:
         # A grid with one more negative code: either sign may set the widest useful scale.
         widest = np.maximum(widest, np.abs(x).max(axis=0) / hi)
-    best = widest.copy()
-    error = squared_error(x, np.maximum(widest, SMALLEST_SCALE), lo, hi)
-    for shrink in np.linspace(1.0, 0.02, candidates)[1:]:
+    best = covering
+    error = squared_error(x, covering, lo, hi)
+    for shrink in np.linspace(1.0, 0.02, candidates):
         scale = np.maximum(widest * shrink, SMALLEST_SCALE)
         trial = squared_error(x, scale, lo, hi)
         better = trial < error

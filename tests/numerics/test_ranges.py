@@ -33,8 +33,8 @@ def column(x):
         ([-1.0, 1.5], -2, 1, 1.5),  # the positive one: 1.5 / 1
         ([-9.0, 3.0], 0, 3, 1.0),  # unsigned: negative values do not count
         ([1.0, 2.0], -2, 1, 2.0),
-        ([0.0, 0.0], -7, 7, SMALLEST_SCALE),
-        ([-5.0, -1.0], 0, 7, SMALLEST_SCALE),
+        ([0.0, 0.0], -7, 7, 1 / 7),  # any scale fits zeros
+        ([-5.0, -1.0], 0, 7, 1 / 7),
     ],
 )
 def test_minmax_is_the_smallest_scale_that_covers(x, lo, hi, scale):
