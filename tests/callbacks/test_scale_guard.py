@@ -94,7 +94,7 @@ def test_a_healthy_run_passes_and_so_does_a_channel_that_was_dead_from_the_start
     model.get_layer("middle").kernel.assign(kernel)
     model = calibrate(quantize_model(model, "w4a4"), tiny.images()[0])
     scales = np.array(ops.convert_to_numpy(kernel_scale(model)))
-    assert scales[1] == np.float32(1e-8)
+    assert scales[1] == np.float32(1 / 7)  # any scale fits zeros
     tiny.compile_(model)
     tiny.train(model, [ScaleGuard(every=1)], epochs=2)
 
