@@ -26,13 +26,13 @@ OUT = Path("runs/demo")
 
 
 def small_cnn(input_shape, classes):
-    """A residual CNN for small gray images, with batch norm; 28,000 parameters at 10 classes."""
+    """A residual CNN for small gray images, with batch norm; 24,000 parameters at 10 classes."""
     layers = keras.layers
     inputs = keras.Input(input_shape, name="image")
     x = layers.Rescaling(1 / 255, name="pixels")(inputs)
 
-    def conv(x, filters, name, relu=True):
-        x = layers.Conv2D(filters, 3, padding="same", use_bias=False, name=name)(x)
+    def conv(x, filters, name, relu=True, size=3):
+        x = layers.Conv2D(filters, size, padding="same", use_bias=False, name=name)(x)
         x = layers.BatchNormalization(momentum=0.9, name=f"{name}_bn")(x)
         return layers.ReLU(name=f"{name}_relu")(x) if relu else x
 
@@ -40,7 +40,7 @@ def small_cnn(input_shape, classes):
     y = conv(conv(x, 16, "block1_a"), 16, "block1_b", relu=False)
     x = layers.ReLU(name="block1_relu")(layers.Add(name="block1_add")([x, y]))
     x = layers.MaxPooling2D(name="shrink")(x)
-    x = conv(x, 32, "wide")
+    x = conv(x, 32, "wide", size=1)
     y = conv(conv(x, 32, "block2_a"), 32, "block2_b", relu=False)
     x = layers.ReLU(name="block2_relu")(layers.Add(name="block2_add")([x, y]))
     x = layers.GlobalAveragePooling2D(name="pool")(x)
