@@ -109,6 +109,10 @@ def main():
         same_ends = tflite_export.convert(softmax, input_type="uint8", output_type="uint8")
         result["same_ends_bytes"] = len(same_ends.content)
         result["peer_bytes"] = len(theirs)
+        # Its 1,001 classes begin with "background".
+        said = logits_of(theirs, odd)[:, -wanted.shape[-1] :].argmax(-1)
+        result["peer_agreement"] = float((said == wanted.argmax(-1)).mean())
+        result["peer_accuracy"] = float((said == truth).mean())
         result["latency"] = latency_ratio(same_ends.content, theirs, odd[:1])
     text = json.dumps(result, indent=1)
     print(text)
