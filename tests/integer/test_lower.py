@@ -84,6 +84,7 @@ def test_batch_norm_becomes_scales_signs_and_a_bias():
     codes, scale = ops.convert_to_numpy(codes), ops.convert_to_numpy(scale).reshape(-1)
     op, graph = one(small, "conv_2d", input_type="int8", output_type="int8")
     np.testing.assert_array_equal(op.kernel, codes * np.array([-1, 1]))
+    # Scales are written as float32: half a unit in the last place is 6e-8 of the value.
     np.testing.assert_allclose(op.kernel_scale, scale * np.array([2, 0.5]), rtol=1e-6)
     unit = graph.tensors[op.inputs[0]].scale * op.kernel_scale
     np.testing.assert_array_equal(op.bias, np.rint(np.array([7.0, 0.0]) / unit))
