@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_lowbit.layers.product import PACKAGE, CodeProduct
+from keras_lowbit.numerics import backend
 
 _CHANNELS_LAST = "channels_last"
 
@@ -55,15 +56,15 @@ class QuantizedConv2D(CodeProduct, keras.layers.Conv2D):
         """Reals; see the class."""
         codes, scale = self.split_input(inputs)
         kernel, kernel_scale = self.quantized_kernel(self.kernel, self.kernel_quantizer)
-        outputs = ops.conv(
+        outputs = backend.conv(
             codes,
             kernel,
-            strides=list(self.strides),
+            self.unit(scale, kernel_scale),
+            strides=self.strides,
             padding=self.padding,
             dilation_rate=self.dilation_rate,
-            data_format=_CHANNELS_LAST,
         )
-        return self.finish(self.scaled(outputs, scale, kernel_scale), self.bias)
+        return self.finish(outputs, self.bias)
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -105,17 +106,17 @@ class QuantizedDepthwiseConv2D(CodeProduct, keras.layers.DepthwiseConv2D):
         """Reals; see the class."""
         codes, scale = self.split_input(inputs)
         kernel, kernel_scale = self.quantized_kernel(self.kernel, self.kernel_quantizer)
-        outputs = ops.depthwise_conv(
+        if kernel_scale is not None and len(kernel_scale.shape):
+            kernel_scale = ops.reshape(kernel_scale, (-1,))
+        outputs = backend.depthwise_conv(
             codes,
             kernel,
+            self.unit(scale, kernel_scale),
             strides=self.strides,
             padding=self.padding,
             dilation_rate=self.dilation_rate,
-            data_format=_CHANNELS_LAST,
         )
-        if kernel_scale is not None and len(kernel_scale.shape):
-            kernel_scale = ops.reshape(kernel_scale, (-1,))
-        return self.finish(self.scaled(outputs, scale, kernel_scale), self.bias)
+        return self.finish(outputs, self.bias)
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -180,22 +181,21 @@ class QuantizedSeparableConv2D(CodeProduct, keras.layers.SeparableConv2D):
         kernel, kernel_scale = self.quantized_kernel(
             self.depthwise_kernel, self.depthwise_quantizer
         )
-        between = ops.depthwise_conv(
+        if kernel_scale is not None and len(kernel_scale.shape):
+            kernel_scale = ops.reshape(kernel_scale, (-1,))
+        between = backend.depthwise_conv(
             codes,
             kernel,
+            self.unit(scale, kernel_scale),
             strides=self.strides,
             padding=self.padding,
             dilation_rate=self.dilation_rate,
-            data_format=_CHANNELS_LAST,
         )
-        if kernel_scale is not None and len(kernel_scale.shape):
-            kernel_scale = ops.reshape(kernel_scale, (-1,))
-        between = self.scaled(between, scale, kernel_scale)
         scale = None
         if self.between_quantizer is not None:
             between, scale = self.between_quantizer.encode(between)
         kernel, kernel_scale = self.quantized_kernel(
             self.pointwise_kernel, self.pointwise_quantizer
         )
-        outputs = ops.conv(between, kernel, padding="valid", data_format=_CHANNELS_LAST)
-        return self.finish(self.scaled(outputs, scale, kernel_scale), self.bias)
+        outputs = backend.conv(between, kernel, self.unit(scale, kernel_scale))
+        return self.finish(outputs, self.bias)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import keras
-from keras import ops
 
 from keras_lowbit.layers.product import PACKAGE, CodeProduct
+from keras_lowbit.numerics import backend
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -46,5 +46,5 @@ class QuantizedDense(CodeProduct, keras.layers.Dense):
         """Reals; see the class."""
         codes, scale = self.split_input(inputs)
         kernel, kernel_scale = self.quantized_kernel(self.kernel, self.kernel_quantizer)
-        outputs = self.scaled(ops.matmul(codes, kernel), scale, kernel_scale)
+        outputs = backend.matmul(codes, kernel, self.unit(scale, kernel_scale))
         return self.finish(outputs, self.bias)

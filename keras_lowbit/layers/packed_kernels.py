@@ -6,6 +6,8 @@ A layer's entry in the weights file holds, for each kernel that Keras would stor
     <i>_grid    int32: bits, lo, step (2 where codes are odd numbers: binary kernels, DoReFa's),
                 and `reciprocal` of `latents`
     <i>_scale   float32, broadcasts over the kernel
+    <i>_table   int16, only where codes are no evenly spaced numbers: then `<i>_codes` holds places
+                in this table, (levels, ...), of which the axes behind the first broadcast
 
 and `sha256`, 32 bytes over everything else in the entry. Other variables stay as they are.
 """
@@ -29,7 +31,7 @@ _PARTS = {
     "depthwise_quantizer": ("depthwise", "depthwise_kernel"),
     "pointwise_quantizer": ("pointwise", "pointwise_kernel"),
 }
-_SUFFIXES = ("_codes", "_grid", "_scale")
+_SUFFIXES = ("_codes", "_grid", "_scale", "_table")
 _DIGEST = "sha256"
 # While `save_packed` writes: {layer name: why a kernel of it stays float}.
 _writing: contextvars.ContextVar[dict | None] = contextvars.ContextVar("writing", default=None)
@@ -50,7 +52,11 @@ class Kernel:
     quantizer: Any
 
     def codes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Codes (int8; int16 above 8 bits) and float32 scale that the layer computes with."""
+        """Codes (int8; int16 above 8 bits) and float32 scale that the layer computes with.
+
+        Raises:
+            ValueError: the quantizer has no codes now, and the way out.
+        """
         return _encoded(ops.convert_to_tensor(self.latent), self.quantizer)
 
 
@@ -109,8 +115,9 @@ def _with_mean(codes, scale, reciprocal):
 
 
 def _encoded(latent, quantizer):
+    # First: it refuses quantizers that have no whole-number codes now.
+    dtype = np.int8 if quantizer.code_width <= 8 else np.int16
     codes, scale = quantizer.to_codes(latent)
-    dtype = np.int8 if quantizer.bits <= 8 else np.int16
     codes = np.rint(ops.convert_to_numpy(codes)).astype(dtype)
     return codes, np.asarray(ops.convert_to_numpy(scale), np.float32)
 
@@ -144,13 +151,13 @@ def write(layer, plain: Mapping[str, Any], store) -> None:
         if packed is None:
             entry[key] = np.asarray(ops.convert_to_numpy(value))
         else:
-            entry.update({key + suffix: packed[suffix] for suffix in _SUFFIXES})
+            entry.update({key + suffix: array for suffix, array in packed.items()})
     for key, value in {**entry, _DIGEST: _digest(entry)}.items():
         store[key] = value
 
 
 def _packed(layer, kernel):
-    """The three arrays of a kernel, or `None` with the reason noted."""
+    """The arrays of a kernel by suffix, or `None` with the reason noted."""
     kept, quantizer = _writing.get(), kernel.quantizer
     name = f"{layer.name}/{kernel.part}" if kernel.part else layer.name
     if quantizer is None:
@@ -168,11 +175,23 @@ def _packed(layer, kernel):
     else:
         kept[name] = f"{type(quantizer).__name__} does not get its codes back from code * scale"
         return None
+    if hasattr(quantizer, "code_table"):
+        table = quantizer.code_table()
+        places = np.sum(codes[None] >= _under(table[1:], codes), axis=0)
+        grid = np.asarray([quantizer.bits, 0, 1, reciprocal], np.int32)
+        packed = pack(places, quantizer.bits, signed=False)
+        return {"_codes": packed, "_grid": grid, "_scale": scale, "_table": table}
     lo, hi = quantizer.static_bounds()
     step = 2 if hi - lo >= 2**quantizer.bits else 1
     packed = pack((codes.astype(np.int16) - lo) // step, quantizer.bits, signed=False)
     grid = np.asarray([quantizer.bits, lo, step, reciprocal], np.int32)
     return {"_codes": packed, "_grid": grid, "_scale": scale}
+
+
+def _under(table, codes):
+    """`table` with axes of one between its first and those that broadcast over `codes`."""
+    missing = codes.ndim - (table.ndim - 1)
+    return table.reshape(len(table), *[1] * missing, *table.shape[1:])
 
 
 def is_packed(store) -> bool:
@@ -208,6 +227,11 @@ def read(layer, plain: Mapping[str, Any], store) -> dict[str, np.ndarray]:
         kernel, (bits, lo, step, reciprocal) = known[key], entry[f"{key}_grid"].tolist()
         packed = unpack(entry[f"{key}_codes"], bits, tuple(kernel.latent.shape), signed=False)
         codes = packed.astype(np.int16) * step + lo
+        if f"{key}_table" in entry:
+            table = entry[f"{key}_table"]
+            places = codes[None]
+            columns = np.broadcast_to(_under(table, codes), (len(table), *codes.shape))
+            codes = np.take_along_axis(columns, places, axis=0)[0]
         scale = entry[f"{key}_scale"]
         found[key] = latents(codes, scale, bits, kernel.quantizer, reciprocal=bool(reciprocal))
     return found

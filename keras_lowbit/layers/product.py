@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import keras
 from keras import ops
 
@@ -76,15 +79,10 @@ class CodeProduct:
             return ops.convert_to_tensor(kernel), None
         return quantizer.encode(ops.convert_to_tensor(kernel))
 
-    def scaled(self, product, *scales):
-        """`product` times the product of the scales that are not `None`."""
+    def unit(self, *scales):
+        """Reals per unit of a product: the product of the scales that are not `None`, or `None`."""
         known = [s for s in scales if s is not None]
-        if not known:
-            return product
-        scale = known[0]
-        for other in known[1:]:
-            scale = scale * other
-        return product * ops.stop_gradient(scale)
+        return functools.reduce(operator.mul, known) if known else None
 
     def finish(self, outputs, bias):
         """Add the bias, apply the activation and the output quantizer."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from keras import ops
 
+from keras_lowbit.numerics import backend
+
 MAX_BITS = 16
 ROLES = ("kernel", "activation")
 
@@ -47,6 +49,10 @@ def code_bounds(bits, *, signed: bool, role: str):
         full = bits < 4 if role == "kernel" else bits >= 8
         hi = max(2 ** (int(bits) - 1) - 1, 1)
         return -hi - int(full and bits > 1), hi
+    number = backend.known(bits)
+    if number is not None:
+        ends = code_bounds(int(number), signed=signed, role=role)
+        return tuple(ops.convert_to_tensor(float(end)) for end in ends)
     bits = ops.cast(bits, "float32")
     # Rounded: a backend's power() may be one unit in the last place off a whole number.
     if not signed:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from keras import ops
 
+from keras_lowbit.numerics import backend
 from keras_lowbit.numerics.ranges import SMALLEST_SCALE
 
 
@@ -72,6 +73,13 @@ def quantize(x, scale, lo, hi, gradient_scale=1.0):
         Deviation: the mask reaches half a code past the ends, where rounding still gives the end
         code.
     """
+    scale = ops.convert_to_tensor(scale)
+    fast = backend.quantize(x, scale, lo, hi, gradient_scale)
+    return plain_quantize(x, scale, lo, hi, gradient_scale) if fast is None else fast
+
+
+def plain_quantize(x, scale, lo, hi, gradient_scale=1.0):
+    """`quantize` in `keras.ops` alone: what the fast forms of backends are measured against."""
     scale = ops.convert_to_tensor(scale)
     inverse = 1.0 / ops.stop_gradient(scale)
     ratio = ops.stop_gradient(x) * inverse
