@@ -8,18 +8,29 @@ import fnmatch
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from keras_lowbit.numerics.grid import check_bits
 
 _SHORT = re.compile(r"w(?P<kernel>\d+|t)a(?P<activation>\d+)")
+TERNARY, TERNARY_BITS = "ternary", 2
+# Quantizers of few levels; layers that keep 8 bits beside them take this one.
+_FEW_LEVELS, _BESIDE = (TERNARY, "levels"), "lsq"
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Bits of one layer's kernel and input."""
+    """Bits of one layer's kernel and input.
+
+    Args:
+        kernel_bits: width of the kernel's codes, 1..8.
+        activation_bits: width of the input's codes, 1..8.
+        kernel: quantizer of the kernel; `None` for the scheme's.
+    """
 
     kernel_bits: int
     activation_bits: int
+    kernel: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "kernel_bits", check_bits(self.kernel_bits, who="kernel_bits"))
@@ -31,20 +42,20 @@ class Widths:
 
     @classmethod
     def parse(cls, text: str) -> Widths:
-        """`"w4a8"` -> kernels at 4 bits, activations at 8."""
+        """`"w4a8"` -> kernels at 4 bits, activations at 8; `"wta8"` -> ternary kernels."""
         if not isinstance(text, str):
             raise ValueError(f"Bits of a layer are a string such as 'w4a8', or None. Got {text!r}")
         match = _SHORT.fullmatch(text.strip().lower())
         if not match:
-            known = [f"w{w}a{a}" for w in (8, 6, 4, 3, 2, 1) for a in (8, 6, 4, 3, 2, 1)]
+            known = [f"w{w}a{a}" for w in (8, 6, 4, 3, 2, 1, "t") for a in (8, 6, 4, 3, 2, 1)]
             near = difflib.get_close_matches(text.lower(), known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
                 f"Unknown scheme {text!r}: expected w<bits>a<bits> with 1 to 8 bits, "
-                f"such as 'w4a8'.{hint}"
+                f"such as 'w4a8', or 'wta8' for ternary kernels.{hint}"
             )
         if match["kernel"] == "t":
-            raise ValueError("Scheme 'wt...': ternary kernels are not available in this version")
+            return cls(TERNARY_BITS, int(match["activation"]), TERNARY)
         return cls(int(match["kernel"]), int(match["activation"]))
 
 
@@ -53,15 +64,19 @@ class Scheme:
     """Which quantizer and how many bits go where.
 
     Args:
-        kernel_bits: width of kernels' codes, 1..8.
+        kernel_bits: width of kernels' codes, 1..8; with `kernel="ternary"` always 2.
         activation_bits: width of the codes that quantized layers read, 1..8.
-        kernel: quantizer of kernels, a name.
+        kernel: quantizer of kernels, a name. Beside `"ternary"` and `"levels"` the ends, and
+            layers whose exception names bits that they do not have, take `"lsq"`.
         activation: quantizer of activations, a name.
         per_channel: one kernel scale for each output channel (one for the kernel if False).
         ends_bits: width of the first and last layers' kernels and inputs; `None` treats them
             like the others.
         exceptions: layer-name pattern (`*` and `?` as in a shell) to `"w8a8"`, or to `None` for
             a layer that stays float. The last pattern that matches wins.
+        kernel_options: more arguments of the quantizers that `kernel` names, such as
+            `{"gradient": "sigmoid"}`.
+        activation_options: likewise for `activation`.
 
     Raises:
         ValueError: bits out of range, an unknown key or a malformed string.
@@ -74,8 +89,17 @@ class Scheme:
     per_channel: bool = True
     ends_bits: int | None = 8
     exceptions: Mapping[str, str | None] = field(default_factory=dict)
+    kernel_options: Mapping[str, Any] = field(default_factory=dict)
+    activation_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        if self.kernel == TERNARY:
+            if self.kernel_bits not in (TERNARY_BITS, Scheme.kernel_bits):
+                raise ValueError(
+                    f"Scheme: ternary codes take {TERNARY_BITS} bits. Got "
+                    f"kernel_bits={self.kernel_bits!r}; leave it out"
+                )
+            object.__setattr__(self, "kernel_bits", TERNARY_BITS)
         Widths(self.kernel_bits, self.activation_bits)
         if self.ends_bits is not None:
             Widths(self.ends_bits, self.ends_bits)
@@ -94,7 +118,8 @@ class Scheme:
             return given
         if isinstance(given, str):
             widths = Widths.parse(given)
-            return cls(widths.kernel_bits, widths.activation_bits)
+            named = {} if widths.kernel is None else {"kernel": widths.kernel}
+            return cls(widths.kernel_bits, widths.activation_bits, **named)
         if not isinstance(given, Mapping):
             raise ValueError(
                 "A scheme is a string such as 'w4a4', a Scheme, or a mapping by layer-name "
@@ -119,12 +144,15 @@ class Scheme:
 
     def widths(self, layer_name: str, *, is_end: bool) -> Widths | None:
         """Bits of a layer, or `None` where it stays float."""
+        beside = _BESIDE if self.kernel in _FEW_LEVELS else None
         chosen: Widths | None = Widths(self.kernel_bits, self.activation_bits)
         if is_end and self.ends_bits is not None:
-            chosen = Widths(self.ends_bits, self.ends_bits)
+            chosen = Widths(self.ends_bits, self.ends_bits, beside)
         for pattern, widths in self.exceptions.items():
             if fnmatch.fnmatchcase(layer_name, pattern):
                 chosen = None if widths is None else Widths.parse(widths)
+                if chosen is not None and chosen.kernel is None and self.kernel == TERNARY:
+                    chosen = dataclasses.replace(chosen, kernel=_BESIDE)
         return chosen
 
     def unused_exceptions(self, layer_names) -> list[str]:

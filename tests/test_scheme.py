@@ -80,6 +80,29 @@ def test_a_scheme_of_a_scheme_is_itself():
     assert Scheme.of(scheme) is scheme
 
 
-def test_ternary_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="ternary kernels are not available"):
-        Scheme.of("wta8")
+def test_a_t_gives_ternary_kernels_with_8_bit_ends():
+    scheme = Scheme.of("wtA8")
+    assert (scheme.kernel, scheme.kernel_bits, scheme.activation_bits) == ("ternary", 2, 8)
+    assert scheme.widths("conv", is_end=False) == Widths(2, 8)
+    assert scheme.widths("stem", is_end=True) == Widths(8, 8, "lsq")
+    assert Scheme.of("wta4").activation_bits == 4
+
+
+def test_ternary_layers_and_others_live_side_by_side():
+    few = Scheme.of({"*": "w4a4", "block*": "wta4"})
+    assert few.widths("block_1", is_end=False) == Widths(2, 4, "ternary")
+    assert few.widths("conv", is_end=False) == Widths(4, 4)
+    most = Scheme.of({"*": "wta8", "block*": "w4a8"})
+    assert most.widths("block_1", is_end=False) == Widths(4, 8, "lsq")
+
+
+def test_ternary_codes_have_no_other_width():
+    assert Scheme(kernel="ternary").kernel_bits == 2
+    with pytest.raises(ValueError, match=r"ternary codes take 2 bits\. Got kernel_bits=4"):
+        Scheme(4, kernel="ternary")
+
+
+def test_ends_beside_learned_levels_are_uniform():
+    scheme = Scheme(2, 4, kernel="levels")
+    assert scheme.widths("stem", is_end=True) == Widths(8, 8, "lsq")
+    assert scheme.widths("conv", is_end=False) == Widths(2, 4)

@@ -8,22 +8,30 @@ import keras
 
 from keras_lowbit.quantizers.affine import Affine
 from keras_lowbit.quantizers.base import Quantizer
+from keras_lowbit.quantizers.channel_balanced import ChannelBalanced
 from keras_lowbit.quantizers.dorefa import DoReFa
+from keras_lowbit.quantizers.levels import Levels
 from keras_lowbit.quantizers.lsq import LSQ
 from keras_lowbit.quantizers.minmax import MinMax
 from keras_lowbit.quantizers.mse import MSE
 from keras_lowbit.quantizers.pact import PACT
 from keras_lowbit.quantizers.percentile import Percentile
+from keras_lowbit.quantizers.ternary import Ternary
+from keras_lowbit.quantizers.threshold import Threshold
 
 __all__ = [
     "LSQ",
     "MSE",
     "PACT",
     "Affine",
+    "ChannelBalanced",
     "DoReFa",
+    "Levels",
     "MinMax",
     "Percentile",
     "Quantizer",
+    "Ternary",
+    "Threshold",
     "get",
     "names",
 ]
@@ -36,6 +44,10 @@ _BY_NAME = {
     "dorefa": DoReFa,
     "pact": PACT,
     "affine": Affine,
+    "ternary": Ternary,
+    "levels": Levels,
+    "channel_balanced": ChannelBalanced,
+    "threshold": Threshold,
 }
 
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.numerics import ranges, uniform
+from keras_lowbit.numerics import backend, ranges, uniform
 from keras_lowbit.numerics.grid import ROLES, Grid, check_bits, code_bounds
 
 PACKAGE = "keras_lowbit"
@@ -26,6 +26,8 @@ class Quantizer(keras.layers.Layer):
         roles: roles that the method is defined for.
         breaks: laws of quantizers (`"idempotent"`) that the method does not keep; its docstring
             says why.
+        moves_bits: whether `set_bits` can change the width of a built quantizer; schedules of bits
+            pass the others by.
 
     Args:
         bits: width of a code, 1..16.
@@ -34,6 +36,7 @@ class Quantizer(keras.layers.Layer):
             (`numerics.grid.code_bounds`) and what the gradient scale counts.
         axis: axis or axes of the input that keep a scale of their own; `None` for one scale.
         target_bits: width that a descent ends at, kept while `bits` moves; `None` for `bits`.
+        enabled: False lets reals pass unchanged from the start (`add_switch`).
 
     Raises:
         ValueError: `bits` or `role` out of range.
@@ -41,10 +44,20 @@ class Quantizer(keras.layers.Layer):
 
     roles = ROLES
     breaks: frozenset[str] = frozenset()
+    moves_bits = True
     scale = None
+    offset = 0.0  # reals that code 0 stands for
 
     def __init__(
-        self, bits=8, *, signed=True, role="kernel", axis=None, target_bits=None, **kwargs
+        self,
+        bits=8,
+        *,
+        signed=True,
+        role="kernel",
+        axis=None,
+        target_bits=None,
+        enabled=True,
+        **kwargs,
     ):
         kwargs["dtype"] = "float32"
         super().__init__(**kwargs)
@@ -60,6 +73,9 @@ class Quantizer(keras.layers.Layer):
         self.role = role
         # Set while `calibrate` looks: called with (quantizer, reals) and reals pass unchanged.
         self.observer = None
+        # Only where asked for: a quantizer that nobody switches computes nothing more.
+        self.switch = None
+        self._initially_enabled = bool(enabled)
         self.axis = (axis,) if isinstance(axis, int) else None if axis is None else tuple(axis)
 
     def build(self, input_shape):
@@ -69,6 +85,56 @@ class Quantizer(keras.layers.Layer):
         # 1.0 once a scale came from data; an exporter refuses quantizers that never saw any.
         self.calibrated = self.add_state("calibrated", 0.0)
         self.built = True
+        if not self._initially_enabled:
+            self.switch = self.add_state("switch", 0.0)
+
+    def add_switch(self) -> bool:
+        """Create the variable `switch`, on; `set_enabled` moves it and compiled steps see it.
+
+        While it is off, reals pass unchanged with the scale 1, so that the gradient to `x` is 1,
+        and all other gradients are 0. A step compiled before does not know the switch: compile
+        again, or add switches to a whole model by `callbacks.switches.add_switches`.
+
+        The switch is no weight in files: they are those of a model without. A config remembers
+        that it is off.
+
+        Returns:
+            Whether the variable is new.
+
+        Raises:
+            ValueError: the quantizer is not built.
+        """
+        if not self.built:
+            raise ValueError(f"{self.name}: build the model before its quantizers get switches")
+        if self.switch is not None:
+            return False
+        self._tracker.unlock()  # a built layer takes no variables otherwise
+        try:
+            self.switch = self.add_state("switch", 1.0)
+        finally:
+            self._tracker.lock()
+        return True
+
+    @property
+    def enabled(self) -> bool:
+        """Whether reals are quantized now."""
+        if self.switch is None:
+            return self._initially_enabled
+        return bool(ops.convert_to_numpy(self.switch) > 0.5)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switch quantization on or off; compiled steps see it.
+
+        Raises:
+            ValueError: off, without a switch.
+        """
+        if self.switch is not None:
+            self.switch.assign(float(enabled))
+        elif not enabled:
+            raise ValueError(
+                f"{self.path or self.name} has no switch: call add_switch() before the model is "
+                "compiled"
+            )
 
     def add_state(self, name, value, shape=(), *, trainable=False, **options):
         """A variable that starts at `value` and stays float32 under mixed precision."""
@@ -103,7 +169,11 @@ class Quantizer(keras.layers.Layer):
         """Bits of a two's complement that holds every code of a kernel.
 
         That is `bits`, and one more where codes pass `2^(bits - 1)`, as DoReFa's odd numbers do.
+
+        Raises:
+            ValueError: quantization is switched off.
         """
+        self._check_enabled()
         bits = self.bits
         return bits + int(max(map(abs, self.static_bounds())) > 2 ** (bits - 1))
 
@@ -172,12 +242,14 @@ class Quantizer(keras.layers.Layer):
 
         Signed kernels at 1 bit take the binary branch of the same graph, `numerics.uniform.signs`.
         """
-        codes = uniform.quantize(x, scale, lo, hi, gradient_scale)
-        if self.signed and self.role == "kernel":
-            signs, mean = uniform.signs(x, self.shared_axes(x))
-            binary = self.bits_variable < 1.5
-            codes, scale = ops.where(binary, signs, codes), ops.where(binary, mean, scale)
-        return codes, ops.stop_gradient(scale)
+
+        def steps():
+            return uniform.quantize(x, scale, lo, hi, gradient_scale), ops.stop_gradient(scale)
+
+        if not (self.signed and self.role == "kernel"):
+            return steps()
+        binary = self.bits_variable < 1.5
+        return backend.either(binary, lambda: uniform.signs(x, self.shared_axes(x)), steps)
 
     def shared_axes(self, x) -> tuple[int, ...]:
         """Axes of `x` that share a scale: all but those of `axis`."""
@@ -191,11 +263,18 @@ class Quantizer(keras.layers.Layer):
         raise NotImplementedError(f"{type(self).__name__} must define to_codes")
 
     def encode(self, x):
-        """`to_codes`, or the reals themselves with scale 1 while an observer is set."""
+        """`to_codes`; the reals with scale 1 while an observer is set or the switch is off."""
         if self.observer is not None:
             self.observer(self, x)
             return x, ops.ones(())
-        return self.to_codes(ops.cast(x, "float32"))
+        x = ops.cast(x, "float32")
+        codes, scale = self.to_codes(x)
+        if self.switch is None:
+            return codes, scale
+        on = self.switch > 0.5
+        # Not `x / scale`: times the scale that is another last bit than `x`.
+        reals = x - self.offset if self.offset else x
+        return ops.where(on, codes, reals), ops.where(on, scale, 1.0)
 
     def call(self, inputs):
         """Values on the grid, `scale * code`."""
@@ -211,8 +290,9 @@ class Quantizer(keras.layers.Layer):
 
         Raises:
             ValueError: a kernel at 1 bit, whose scale is not state but the kernel's mean
-                magnitude; `encode(kernel)` gives it.
+                magnitude; `encode(kernel)` gives it. Or quantization is switched off.
         """
+        self._check_enabled()
         if self.signed and self.role == "kernel" and self.bits == 1:
             raise ValueError(
                 f"{self.name}: at 1 bit the scale is computed from the kernel: call "
@@ -223,6 +303,34 @@ class Quantizer(keras.layers.Layer):
             ops.convert_to_tensor(float(lo)), ops.convert_to_tensor(float(hi))
         )
         return Grid(np.float32(ops.convert_to_numpy(scale)), lo, hi, self.bits)
+
+    def _check_enabled(self):
+        # What an exporter reads of every quantizer asks here: reals never pass for codes.
+        if not self.enabled:
+            raise ValueError(
+                f"{self.path or self.name}: quantization is switched off, so there are no codes "
+                "to export. Train to the stage that quantizes it, or call set_enabled(True)"
+            )
+
+    def save_own_variables(self, store):
+        """All variables but the switch."""
+        for i, variable in enumerate(self._stored()):
+            store[f"{i}"] = variable
+
+    def load_own_variables(self, store):
+        """All variables but the switch, which keeps its place."""
+        stored = self._stored()
+        if len(store.keys()) != len(stored):
+            raise ValueError(
+                f"{self.path or self.name} has {len(stored)} variables, "
+                f"{[v.name for v in stored]}. Got {len(store.keys())} from the file: it belongs to "
+                "another model"
+            )
+        for i, variable in enumerate(stored):
+            variable.assign(store[f"{i}"])
+
+    def _stored(self):
+        return [v for v in self.weights if v is not self.switch]
 
     def get_config(self):
         """Arguments of the constructor; `bits` as it is now."""
@@ -236,6 +344,8 @@ class Quantizer(keras.layers.Layer):
             "signed": self.signed,
             "role": self.role,
             "axis": axis,
+            # Left out where it is on, so that files are those of earlier versions.
+            **({} if self.enabled else {"enabled": False}),
         }
 
 

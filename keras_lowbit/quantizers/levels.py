@@ -1,0 +1,245 @@
+"""Kernels whose levels are trained: a codebook in place of a grid."""
+
+from __future__ import annotations
+
+import difflib
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lowbit.numerics import uniform
+from keras_lowbit.numerics.grid import check_bits
+from keras_lowbit.numerics.ranges import SMALLEST_SCALE
+from keras_lowbit.quantizers.base import PACKAGE, Quantizer
+from keras_lowbit.quantizers.lloyd import NOTHING, levels_of
+
+MOST_BITS = 8
+MODES = ("codebook",)
+INITS = ("lloyd", "uniform")
+LARGEST_CODE = 127  # of the int8 grid that `snap` puts levels on
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class Levels(Quantizer):
+    """`K = 2^bits` learned levels `v_1 < ... < v_K`; a weight takes the nearest.
+
+        t_k = (v_k + v_{k+1}) / 2        q = v_1 + sum_k (v_{k+1} - v_k) 1[x > t_k]
+        v_1 free,   v_{k+1} = v_k + width * softplus(g_k / width)
+
+    so levels never cross, and no tensor of K copies of the kernel is made. `width` is the mean gap
+    of the first fit: in its units softplus is neither flat nor linear.
+
+    Until `snap` the levels are reals: `scale = max |v| / 127` and "codes" `v / scale` that are
+    not whole, so nothing is exported. `snap` (`transform.snap_levels` for a model) rounds them on
+    that int8 grid, an error of half a step, at most 0.4 % of the largest level; from then on levels
+    rest, codes are whole, and latent weights go on training.
+
+    Args:
+        bits: 1..8. Fixed: levels are variables, so their number does not change.
+        per_filter: levels for each filter (`axis`), not for the whole kernel.
+        mode: `"codebook"`.
+        init: `"lloyd"` (k-means of the kernel from Gaussian quantiles) or `"uniform"` (evenly
+            spaced over the kernel's range).
+        axis: axes that keep levels of their own with `per_filter`; ignored without, because layers
+            name one.
+
+    Raises:
+        ValueError: bits out of range (fewer than two levels), an unknown mode or start.
+
+    Gradient:
+        With `dq` the gradient to `q`, exactly `dL/dv_k = sum of dq over the weights at level k`,
+        times `1 / sqrt(N max(2^(bits-1) - 1, 1))`, N the weights that share the levels; from there
+        to `v_1` and `g_k`. To `x`: `dq` where `v_1 - r <= x <= v_K + r'`, with r and r' half of
+        the outer gaps, else 0. Thresholds get none. Snapped levels get none.
+
+    Reference:
+        Hoang, Do, Nguyen, Cheung, Direct Quantization for Training Highly Accurate Low Bit-width
+        Deep Neural Networks, IJCAI 2020, arXiv:2012.13762: a reconstruction, only the abstract
+        could be read. Gradient scale: Esser et al., LSQ, arXiv:1902.08153, section 2.2.
+    """
+
+    roles = ("kernel",)
+    moves_bits = False
+
+    def __init__(
+        self, bits=2, *, per_filter=False, mode="codebook", init="lloyd", axis=None, **kwargs
+    ):
+        check_level_bits(bits)
+        self._given_axis = axis
+        super().__init__(bits, axis=axis if per_filter else None, **kwargs)
+        self.per_filter = bool(per_filter)
+        self.mode = _choice("mode", mode, MODES)
+        self.init = _choice("init", init, INITS)
+
+    def build(self, input_shape):
+        """Create levels at -1..1, until `fit_scale` sees the kernel."""
+        super().build(input_shape)
+        self.count = 2**self._initial_bits
+        shape = self.scale_shape(input_shape)
+        gap = 2.0 / (self.count - 1)
+        self.lowest = self.add_state("lowest", -1.0, shape, trainable=True)
+        self.gaps = self.add_state(
+            "gaps", gap * _inverse_softplus(1.0), (self.count - 1, *shape), trainable=True
+        )
+        self.width = self.add_state("width", gap, shape)
+        self.snapped = self.add_state("snapped", 0.0)
+        self.snapped_codes = self.add_state("snapped_codes", 0.0, (self.count, *shape))
+        self.snapped_scale = self.add_state("snapped_scale", 1.0, shape)
+
+    def set_bits(self, bits):
+        """Refuse another width than the one built."""
+        check_bits(bits, who=self.name)
+        if bits != self._initial_bits:
+            raise ValueError(
+                f"{self.name}: {2**self._initial_bits} levels are variables and stay as many. Got "
+                f"bits={bits}; quantize the float model at that width, or use 'lsq' for a descent"
+            )
+
+    def bounds(self):
+        """Ends of the int8 grid, as tensors."""
+        hi = ops.full((), float(LARGEST_CODE))
+        return -hi, hi
+
+    def static_bounds(self):
+        """Ends of the int8 grid."""
+        return -LARGEST_CODE, LARGEST_CODE
+
+    @property
+    def code_width(self):
+        """8: codes are those of the int8 grid that levels are snapped to.
+
+        Raises:
+            ValueError: levels were not snapped.
+        """
+        self._check_enabled()
+        return 8
+
+    def _check_enabled(self):
+        super()._check_enabled()
+        if not self.is_snapped:
+            raise ValueError(
+                f"{self.path or self.name}: its levels are reals, which have no integer codes. "
+                "Call keras_lowbit.transform.snap_levels(model) before the last epochs, or before "
+                "the export"
+            )
+
+    @property
+    def is_snapped(self) -> bool:
+        """Whether levels sit on the int8 grid."""
+        return self.built and bool(ops.convert_to_numpy(self.snapped) > 0.5)
+
+    def levels(self):
+        """The learned levels, as a tensor `(K, *axes that keep their own)`."""
+        width = ops.stop_gradient(ops.convert_to_tensor(self.width))
+        steps = width * ops.softplus(ops.convert_to_tensor(self.gaps) / width)
+        lowest = ops.expand_dims(ops.convert_to_tensor(self.lowest), 0)
+        return ops.concatenate([lowest, lowest + ops.cumsum(steps, axis=0)], axis=0)
+
+    def scale_in_use(self, lo, hi):
+        """Refuse: levels are no grid."""
+        raise ValueError(
+            f"{self.name}: learned levels are no uniform grid: call encode(kernel) for codes and "
+            "scale"
+        )
+
+    def to_codes(self, x):
+        """`(codes, scale)`; see the class."""
+        learned = self.levels()
+        damping = (float(self._features) * max(2 ** (self._initial_bits - 1) - 1, 1)) ** -0.5
+        held = ops.stop_gradient(learned)
+        scale = ops.maximum(ops.abs(held[0]), ops.abs(held[-1])) / LARGEST_CODE
+        snapped = self.snapped > 0.5
+        kept = ops.convert_to_tensor(self.snapped_scale)
+        scale = ops.where(snapped, kept, ops.maximum(scale, SMALLEST_SCALE))
+        inverse = 1.0 / scale
+        # In units of the scale; what a level feels is `damping` of it.
+        whole = ops.convert_to_tensor(self.snapped_codes)
+        free = ops.where(snapped, 0.0, damping) * inverse
+        codes = ops.where(snapped, whole, held * inverse)
+        levels = uniform.straight_through(codes, (learned, ops.broadcast_to(free, held.shape)))
+        reals = codes * scale
+        weight = ops.stop_gradient(x)
+        out = ops.zeros_like(weight) + levels[0]
+        for k in range(self.count - 1):
+            # Not `out + step * above`: sums of steps would leave the levels' last bits.
+            out = ops.where(weight > 0.5 * (reals[k] + reals[k + 1]), levels[k + 1], out)
+        below = reals[0] - 0.5 * (reals[1] - reals[0])
+        beyond = reals[-1] + 0.5 * (reals[-1] - reals[-2])
+        inside = ops.cast(ops.logical_and(weight >= below, weight <= beyond), "float32")
+        slope = ops.stop_gradient(inside * inverse)
+        return out + (x - ops.stop_gradient(x)) * slope, ops.stop_gradient(scale)
+
+    def fit_scale(self, x, method="mse"):
+        """Set the levels from a kernel, as `init` says, and take a snap back."""
+        columns = np.asarray(self.columns(np.asarray(x)), np.float64)
+        if self.init == "lloyd":
+            found = [levels_of(column, self.count) for column in columns.T]
+        else:
+            found = [self._evenly(np.abs(column).max() or NOTHING) for column in columns.T]
+        self._set_levels(np.stack(found, axis=-1).reshape(self.count, *self.lowest.shape))
+        self.snapped.assign(0.0)
+        self.calibrated.assign(1.0)
+
+    def snap(self) -> None:
+        """Put the levels on the int8 grid `scale = max |v| / 127`; they rest from now on."""
+        levels = np.float64(ops.convert_to_numpy(self.levels()))
+        scale = np.maximum(np.abs(levels).max(axis=0) / LARGEST_CODE, SMALLEST_SCALE)
+        scale = np.float32(scale)
+        self.snapped_codes.assign(np.rint(levels / scale).astype(np.float32))
+        self.snapped_scale.assign(scale)
+        self.snapped.assign(1.0)
+
+    def code_table(self) -> np.ndarray:
+        """The whole-number codes of the levels, rising, `(K, *axes that keep their own)`.
+
+        Raises:
+            ValueError: levels were not snapped.
+        """
+        self._check_enabled()
+        return np.asarray(ops.convert_to_numpy(self.snapped_codes), np.int16)
+
+    def from_codes(self, codes, scale):
+        """Latent weights that take these codes again: the levels themselves."""
+        return codes.astype(np.float32) * scale
+
+    def _evenly(self, reach):
+        return np.linspace(-reach, reach, self.count)
+
+    def _set_levels(self, levels):
+        """Variables that give these rising levels, `(K, ...)`."""
+        steps = np.diff(np.asarray(levels, np.float64), axis=0)
+        width = steps.mean(axis=0)
+        self.gaps.assign(np.float32(width * _inverse_softplus(steps / width)))
+        self.lowest.assign(np.float32(levels[0]))
+        self.width.assign(np.float32(width))
+
+    def get_config(self):
+        """Arguments of the constructor."""
+        axis = self._given_axis
+        return {
+            **super().get_config(),
+            "axis": axis if axis is None or isinstance(axis, int) else list(axis),
+            "per_filter": self.per_filter,
+            "mode": self.mode,
+            "init": self.init,
+        }
+
+
+def check_level_bits(bits) -> None:
+    """`ValueError` unless `2^bits` is a number of levels that int8 holds, two at least."""
+    if check_bits(bits, who="Levels (2^bits levels, two at least)") > MOST_BITS:
+        raise ValueError(f"Levels: bits must be from 1 to {MOST_BITS}. Got {bits}")
+
+
+def _inverse_softplus(y):
+    """log(e^y - 1), in a form that no large y overflows."""
+    return y + np.log(-np.expm1(-y))
+
+
+def _choice(argument, given, allowed):
+    if given in allowed:
+        return given
+    near = difflib.get_close_matches(str(given), allowed, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"Levels: {argument} must be one of {allowed}. Got {given!r}.{hint}")
