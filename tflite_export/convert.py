@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from dataclasses import dataclass
@@ -35,13 +36,15 @@ class ExportResult:
         target: name of the target.
         weights: containers of kernels, as given.
         verification: codes compared and wrong, tensor by tensor; `None` without images.
+        built: the graph as a Keras model where one was built already, handed out as `frozen`.
     """
 
     content: bytes
     graph: ir.Graph
     target: str
     weights: str
-    verification: Verification | None
+    verification: Verification | None = None
+    built: keras.Model | None = None
 
     @property
     def mismatches(self) -> int | None:
@@ -51,7 +54,19 @@ class ExportResult:
     @functools.cached_property
     def frozen(self) -> keras.Model:
         """The Keras model whose forward pass is the file's integer arithmetic."""
-        return frozen_models.build(self.graph)
+        return self.built or frozen_models.build(self.graph)
+
+    def verified(self, images) -> ExportResult:
+        """The same file, compared on images; see `verify` of `convert`.
+
+        Raises:
+            ValueError: images that do not fit the file's input.
+        """
+        arrays = fitting_images(self.graph, images)
+        keras_codes = frozen_models.tensors_of(self.frozen, arrays)
+        inside = {name: keras_codes[name] for name in keras_codes if name not in self.graph.inputs}
+        verification = compare(self.graph, self.content, arrays, inside)
+        return dataclasses.replace(self, verification=verification, built=self.frozen)
 
     @functools.cached_property
     def report(self) -> dict:
@@ -130,6 +145,7 @@ def convert(
     *,
     input_type: str | None = None,
     output_type: str = "float32",
+    preprocessing=None,
     verify=None,
     batch: int = 1,
 ) -> ExportResult:
@@ -144,6 +160,12 @@ def convert(
         input_type: `"float32"`, `"uint8"` or `"int8"`; `None` takes float32 where the input's
             grid allows it, else uint8 (raw pixels).
         output_type: `"float32"`, `"uint8"` or `"int8"`.
+        preprocessing: for a model whose images arrive preprocessed: `(scale, offset)`, so that
+            `scale * pixel + offset` is what the model takes (numbers, or one a channel), or a
+            `Rescaling` or `Normalization` layer. The file then takes raw pixels (uint8 by
+            default). Where the model's input grid has a code for each pixel value
+            (`quantize_model(input_range=...)`) nothing is added; else one operation brings
+            pixels to the trained grid.
         verify: images, in the type of the file's input (whole-number arrays fit any of them).
             Every tensor is compared with the reference interpreter, in LiteRT and in Keras.
         batch: images that the file takes at a time.
@@ -157,30 +179,27 @@ def convert(
     """
     place = targets.find(target)
     check_choice("weights", weights, WEIGHTS)
-    graph = _graph_of(model, input_type, output_type, weights, batch)
+    graph = _graph_of(
+        model,
+        batch=batch,
+        input_type=input_type,
+        output_type=output_type,
+        weights=weights,
+        preprocessing=preprocessing,
+    )
     found = targets.objections(graph, place)
     if found:
         raise NotExportable(_sentence(place, found))
-    content = flatbuffer.write(graph)
-    result = ExportResult(content, graph, target, weights, None)
-    if verify is None:
-        return result
-    images = fitting_images(graph, verify)
-    keras_codes = frozen_models.tensors_of(result.frozen, images)
-    inside = {name: codes for name, codes in keras_codes.items() if name not in graph.inputs}
-    verification = compare(graph, content, images, inside)
-    made = ExportResult(content, graph, target, weights, verification)
-    # The frozen model was just built; the verified result hands out the same one.
-    made.__dict__["frozen"] = result.frozen
-    return made
+    result = ExportResult(flatbuffer.write(graph), graph, target, weights)
+    return result if verify is None else result.verified(verify)
 
 
-def _graph_of(model, input_type, output_type, weights, batch):
+def _graph_of(model, **options):
     if any(isinstance(layer, IntegerOp) for layer in model.layers):
+        if options["preprocessing"] is not None:
+            raise ValueError(f"{model.name} is frozen: give preprocessing to freeze")
         return frozen_models.graph_of(model)
-    return integer_graph(
-        model, batch=batch, input_type=input_type, output_type=output_type, weights=weights
-    )
+    return integer_graph(model, **options)
 
 
 def fitting_images(graph: ir.Graph, images) -> dict[str, np.ndarray]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.integer import graph as ir
@@ -22,7 +24,13 @@ def check_choice(argument, given, allowed):
 
 
 def integer_graph(
-    model: keras.Model, *, batch=1, input_type=None, output_type="float32", weights="int8"
+    model: keras.Model,
+    *,
+    batch=1,
+    input_type=None,
+    output_type="float32",
+    weights="int8",
+    preprocessing=None,
 ) -> ir.Graph:
     """The integer graph of a quantized, calibrated model.
 
@@ -35,6 +43,9 @@ def integer_graph(
         output_type: `"float32"`, `"int8"` or `"uint8"`.
         weights: `"int8"`, `"int4"` (dense and pointwise kernels of 4 bits or less as int4) or
             `"int4_all"` (every kernel that fits).
+        preprocessing: what makes the model's input of pixels 0..255; the graph then takes pixels.
+            A pair `(scale, offset)`, `real = scale * pixel + offset`, of numbers or of one value
+            a channel, or a `Rescaling` or `Normalization` layer.
 
     Raises:
         NotExportable: names the layer that has no integer form, and the way out.
@@ -46,7 +57,8 @@ def integer_graph(
         check_choice("input_type", input_type, TYPES)
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch must be a whole number of at least 1. Got {batch!r}")
-    lowering = Lowering(walk.flatten(model), batch, weights)
+    program = walk.flatten(model)
+    lowering = Lowering(program, batch, weights, preprocessing=_pixels(preprocessing, program))
     outputs = lowering.run()
     emitter = lowering.emitter
     heads, inputs = _input_ends(lowering, input_type)
@@ -59,6 +71,39 @@ def integer_graph(
     return ir.Graph(tensors, graph_ops, tuple(inputs), tuple(names))
 
 
+def _pixels(preprocessing, program):
+    """`preprocessing` as `(scale, offset)`, checked; `None` for none."""
+    if preprocessing is None:
+        return None
+    if len(program.inputs) != 1:
+        raise ValueError(
+            f"preprocessing is for models of one input. Got {list(program.input_names)}; put a "
+            "Rescaling layer behind each input"
+        )
+    given = preprocessing
+    if isinstance(given, keras.layers.Normalization):
+        deviation = np.maximum(np.sqrt(_row(given.variance)), 1e-7)
+        given = (1.0 / deviation, -_row(given.mean) / deviation)
+    elif isinstance(given, keras.layers.Rescaling):
+        given = (given.scale, given.offset)
+    channels = program.inputs[0].shape[-1]
+    try:
+        scale, offset = (np.asarray(x, np.float64) for x in given)
+    except (TypeError, ValueError):
+        scale = offset = np.array(np.nan)
+    fits = all(x.shape in ((), (1,), (channels,)) for x in (scale, offset))
+    if not fits or not np.all(np.isfinite(offset)) or not np.all(np.isfinite(scale) & (scale > 0)):
+        raise ValueError(
+            "preprocessing must be (scale, offset) with scale above 0, each a number or "
+            f"{channels} of them, or a Rescaling or Normalization layer. Got {preprocessing!r}"
+        )
+    return tuple(float(x.reshape(-1)[0]) if x.size == 1 else x for x in (scale, offset))
+
+
+def _row(tensor):
+    return np.asarray(ops.convert_to_numpy(tensor), np.float64).reshape(-1)
+
+
 def _input_ends(lowering, input_type):
     heads, inputs = [], []
     for name in lowering.program.input_names:
@@ -69,7 +114,7 @@ def _input_ends(lowering, input_type):
         shift = image.offset / float(made.grid.scale)
         # 1e-4 of a code is float32 noise of the offset, far below the half code that matters.
         shifted = abs(shift) > 1e-4
-        kind = input_type or ("uint8" if shifted else "float32")
+        kind = input_type or ("uint8" if shifted or image.pixels else "float32")
         if kind == "float32" and shifted:
             raise NotExportable(
                 f"Input {name}: its grid stands {shift:.4g} codes beside 0.0, which a float input "

@@ -96,6 +96,7 @@ class Linear:
     source: str
     attributes: dict[str, Any]
     relu: float | None = None
+    copies: bool = False  # each output reads one input, so its kernel code is free to choose
 
     def affine(self, gain, shift) -> Linear:
         """`gain * y + shift` by channel: gain's size goes to the scales, its sign to the codes."""
@@ -108,6 +109,15 @@ class Linear:
             kernel_scale=self.kernel_scale * np.abs(gain),
             bias=self.bias * gain + shift,
         )
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Biases of a product as the model has them, as codes, and the reals of one code."""
+
+    reals: np.ndarray
+    codes: np.ndarray
+    unit: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -134,12 +144,13 @@ class Moved:
 
 @dataclass(frozen=True)
 class Image:
-    """Raw pixels of an input, `real = scale * pixel + offset`."""
+    """What an input takes, `real = scale * given + offset`; `pixels` where that is 0..255."""
 
     name: str
-    scale: float
-    offset: float
+    scale: float | np.ndarray
+    offset: float | np.ndarray
     shape: tuple[int, ...]
+    pixels: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,6 +180,7 @@ class Emitter:
         self.tensors: dict[str, ir.Tensor] = {}
         self.ops: list[ir.Op] = []
         self.done: dict[tuple, tuple[Any, OnGrid]] = {}
+        self.biases: dict[str, list[Biases]] = {}  # of every product, by its source
 
     def name(self, wanted):
         """`wanted`, or with a number where taken."""
@@ -214,6 +226,8 @@ class Emitter:
     def _product(self, value, grid, name):
         made, activation = self.tensor(name, value.shape, grid, value.relu)
         kernel, scale, bias = integer_product(value, made, self.weights)
+        unit = bias_unit(value, made, scale)
+        self.biases.setdefault(value.source, []).append(Biases(value.bias, bias, unit))
         self.ops.append(
             value.op(
                 (value.inputs.tensor,),
@@ -297,6 +311,8 @@ class Emitter:
 
     def _image(self, value, grid, name):
         """The int8 form of an input, written in units of what the model is given."""
+        if value.pixels and not _is_pixel_grid(value, grid):
+            return self._from_pixels(value, grid, name)
         wanted = self.name(f"{name}_int8")
         scale = float(grid.scale) / value.scale
         self.tensors[wanted] = ir.Tensor(
@@ -306,6 +322,27 @@ class Emitter:
         made = OnGrid(wanted, grid, factor, tuple(value.shape))
         self.images[value.name] = (value, made)
         return made
+
+    def _from_pixels(self, value, grid, name):
+        """Raw pixels brought to a grid of other steps: a product of one input an output."""
+        if value.name not in self.images:
+            pixels, _ = self.tensor(f"{value.name}_int8", value.shape, Grid(1.0, 0, 255, 8))
+            plain = replace(value, scale=1.0, offset=0.0)
+            self.images[value.name] = (plain, pixels)
+        copied = identity(self.images[value.name][1], value.name)
+        channels = (value.shape[-1],)
+        gain, shift = (np.broadcast_to(x, channels) for x in (value.scale, value.offset))
+        return self._product(copied.affine(gain, shift), grid, name)
+
+
+def _is_pixel_grid(image, grid):
+    """Whether each pixel value is a code of the grid, in order."""
+    steps = np.asarray([image.scale, image.offset], object) / float(grid.scale)
+    if any(np.ndim(x) for x in steps):
+        return False
+    # 1e-4 of a code is float32 noise, far below the half code that matters.
+    same_step = abs(steps[0] - 1.0) * 255 < 1e-4
+    return same_step and abs(steps[1] - grid.lo) < 1e-4 and grid.hi - grid.lo == 255
 
 
 def identity(value: OnGrid, source: str) -> Linear:
@@ -326,7 +363,14 @@ def identity(value: OnGrid, source: str) -> Linear:
         shape=value.shape,
         source=source,
         attributes={},
+        copies=True,
     )
+
+
+def bias_unit(value: Linear, made: OnGrid, written: np.ndarray) -> np.ndarray:
+    """Reals that one unit of a product's sums stands for, by output channel."""
+    true = np.asarray(written, np.float64) * (value.inputs.factor / made.factor)
+    return true * float(value.inputs.grid.scale)
 
 
 def largest_code(op: type, kernel: np.ndarray, weights: str) -> int:
@@ -359,6 +403,8 @@ def integer_product(value: Linear, made: OnGrid, weights: str = "int8"):
     scale_in, scale_out = float(value.inputs.grid.scale), float(made.grid.scale)
     scale = np.asarray(value.kernel_scale, np.float64) / unit
     bias = np.asarray(value.bias, np.float64)
+    if value.copies:
+        kernel, scale = _with_whole_biases(kernel, scale, bias / scale_in)
     multiplier = scale_in * scale / scale_out
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         codes = np.abs(bias) / (scale_in * scale)
@@ -377,10 +423,33 @@ def integer_product(value: Linear, made: OnGrid, weights: str = "int8"):
     return kernel.astype(np.int8), written.astype(np.float32), bias_codes
 
 
+def _with_whole_biases(kernel, scale, bias):
+    """A copying kernel's codes and scales, moved within 64..127 such that biases round little.
+
+    A code `c` in place of 127 leaves the products and makes the bias `bias * c / (127 * scale)`
+    units, which for one of 64 codes lies near a whole number: 0.01 units off or the nearest.
+    """
+    largest = np.abs(kernel).max()
+    choices = np.arange(largest, largest // 2, -1)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        units = bias[:, None] / scale[:, None] * (choices / largest)
+        off = np.abs(units - np.rint(units))
+    off = np.where(np.isfinite(off), off, 0.0)
+    near = off < np.maximum(0.01, off.min(axis=1, keepdims=True) + 1e-12)
+    code = choices[near.argmax(axis=1)]
+    signs = np.sign(kernel)
+    code_by_output = code.reshape(kernel.shape[-2:]) if kernel.ndim == 4 else code
+    return signs * code_by_output, scale * largest / code
+
+
 def kernel_codes(layer, kernel, quantizer):
     """`(integer codes, true scales by output channel, bits that hold the codes)` of a kernel."""
     if quantizer is None:
         raise NotExportable(f"{layer.name}: its kernel has no quantizer, it would stay float")
+    try:
+        width = quantizer.code_width
+    except ValueError as error:
+        raise NotExportable(f"{layer.name}: {error}") from error
     codes, scale = quantizer.encode(ops.convert_to_tensor(kernel))
     codes = np.rint(ops.convert_to_numpy(codes)).astype(np.int64)
     channels = (
@@ -389,7 +458,7 @@ def kernel_codes(layer, kernel, quantizer):
     scale = np.asarray(ops.convert_to_numpy(scale), np.float64)
     if not np.all(np.isfinite(scale)) or not np.all(scale > 0):
         raise NotExportable(f"{layer.name}: kernel scales are not positive and finite")
-    return codes, np.broadcast_to(scale.reshape(-1), (channels,)).copy(), quantizer.code_width
+    return codes, np.broadcast_to(scale.reshape(-1), (channels,)).copy(), width
 
 
 def _is_depthwise(layer, kernel):

@@ -34,7 +34,7 @@ from keras_lowbit.numerics.grid import Grid
 class Lowering:
     """Values of a program's tensors while its calls are lowered one by one."""
 
-    def __init__(self, program, batch, weights, *, dry=False):
+    def __init__(self, program, batch, weights, *, dry=False, preprocessing=None):
         self.program = program
         # A dry run looks for objections in a model that need not be calibrated yet.
         self.dry = dry
@@ -43,7 +43,9 @@ class Lowering:
         self.producers = program.producers()
         self.values = {}
         for ref, name in zip(program.inputs, program.input_names, strict=True):
-            self.values[ref.index] = Image(name, 1.0, 0.0, self.shape(ref))
+            scale, offset = preprocessing or (1.0, 0.0)
+            pixels = preprocessing is not None
+            self.values[ref.index] = Image(name, scale, offset, self.shape(ref), pixels)
 
     def shape(self, ref):
         """Static shape with the batch size."""
@@ -342,7 +344,7 @@ def _rescaling(lowering, call):
     if not isinstance(value, Image):
         raise NotExportable(f"{call.name}: Rescaling is supported at the model's input only")
     scale = value.scale * float(layer.scale)
-    return Image(value.name, scale, value.offset * layer.scale + layer.offset, value.shape)
+    return replace(value, scale=scale, offset=value.offset * layer.scale + layer.offset)
 
 
 def _add(lowering, call):

@@ -12,6 +12,7 @@ from keras_lowbit import walk
 from keras_lowbit.progress import track
 from keras_lowbit.quantizers import Quantizer
 from keras_lowbit.transform.kernels import fit_kernels
+from keras_lowbit.transform.snap_biases import snap_biases
 
 METHODS = ("mse", "minmax", "percentile")
 # Values kept of each tensor for the search of its scale; more do not move 8-bit scales.
@@ -19,12 +20,13 @@ SAMPLES = 200_000
 _ACTIVATION_QUANTIZERS = ("quantizer", "input_quantizer", "between_quantizer", "output_quantizer")
 
 
-def calibrate(model, images, *, method="mse", batch_size=32, samples=SAMPLES):
+def calibrate(model, images, *, method="mse", batch_size=32, samples=SAMPLES, only_new=False):
     """Set the scales of all activation grids from images, in place.
 
     Images run through the model with quantized kernels and float activations; each grid is then
     fitted to (a seeded sample of) the values that arrived at it. Kernels keep their scales, except
-    that layers put in by hand, whose kernels have none yet, get theirs first.
+    that layers put in by hand, whose kernels have none yet, get theirs first. Last, biases move to
+    the nearest that an exported file can hold (`snap_biases`).
 
     Args:
         model: a model of `quantize_model`, or one built from quantized layers.
@@ -32,6 +34,8 @@ def calibrate(model, images, *, method="mse", batch_size=32, samples=SAMPLES):
         method: `"mse"`, `"minmax"` or `"percentile"`.
         batch_size: images at a time, for arrays.
         samples: values kept for each tensor.
+        only_new: leave grids alone that have scales already, as in a trained model with a new
+            head. They then quantize while the others look.
 
     Returns:
         The model.
@@ -47,7 +51,7 @@ def calibrate(model, images, *, method="mse", batch_size=32, samples=SAMPLES):
     for call in program.calls:
         fit_kernels(call.operation)
     reservoir = _Reservoir(samples, total)
-    with _observed(program, reservoir):
+    with _observed(program, reservoir, only_new):
         for batch in track(batches, "calibrate"):
             feeds = [
                 ops.convert_to_tensor(a.astype(ref.dtype))
@@ -56,7 +60,7 @@ def calibrate(model, images, *, method="mse", batch_size=32, samples=SAMPLES):
             walk.run(program, feeds, lambda call, args, kwargs: call.operation(*args, **kwargs))
     for quantizer, x in reservoir.collected():
         quantizer.fit_scale(x, method)
-    return model
+    return snap_biases(model)
 
 
 def checked_batches(program, images, batch_size):
@@ -121,6 +125,9 @@ class _Reservoir:
         top = np.abs(flat).max()
         if not np.isfinite(top):
             raise ValueError(f"Values at {quantizer.name} are not finite: check the float model")
+        if getattr(quantizer, "keeps_channels", False):
+            self._add_rows(quantizer, x)
+            return
         if flat.shape[1] > self.share:
             # Extremes are kept, so that minimum and maximum are those of all images.
             ends = np.stack([flat.min(axis=1), flat.max(axis=1)], axis=1)
@@ -128,15 +135,26 @@ class _Reservoir:
             flat = np.concatenate([flat[:, chosen], ends], axis=1)
         self.kept.setdefault(id(quantizer), (quantizer, []))[1].append(flat.reshape(-1))
 
+    def _add_rows(self, quantizer, x):
+        """Positions with all their channels, for quantizers that weigh channels."""
+        channels = x.shape[-1]
+        rows, wanted = x.reshape(len(x), -1, channels), max(1, self.share // channels)
+        if rows.shape[1] > wanted:
+            rows = rows[:, self.random.integers(0, rows.shape[1], wanted)]
+        kept = self.kept.setdefault(id(quantizer), (quantizer, []))[1]
+        kept.append(rows.reshape(-1, channels))
+
     def collected(self):
         for quantizer, parts in self.kept.values():
             yield quantizer, np.concatenate(parts)
 
 
 @contextlib.contextmanager
-def _observed(program, reservoir):
+def _observed(program, reservoir, only_new):
     """Inside the block activation quantizers let reals pass and show them to the reservoir."""
     found = [q for call in program.calls for q in activation_quantizers(call.operation)]
+    if only_new:
+        found = [q for q in found if not float(ops.convert_to_numpy(q.calibrated))]
     try:
         for quantizer in found:
             quantizer.observer = reservoir.add

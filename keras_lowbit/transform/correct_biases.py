@@ -18,6 +18,7 @@ from keras_lowbit import walk
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.progress import track
 from keras_lowbit.transform.calibrate import checked_batches, uncalibrated
+from keras_lowbit.transform.snap_biases import snap_biases
 
 
 def correct_biases(model, float_model, images):
@@ -63,7 +64,7 @@ def correct_biases(model, float_model, images):
         return outputs + ops.convert_to_tensor(shift)
 
     walk.run(program, feeds, execute)
-    return model
+    return snap_biases(model)
 
 
 def _sites(program) -> dict[int, str]:

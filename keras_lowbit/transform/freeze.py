@@ -8,7 +8,9 @@ from keras_lowbit.integer import frozen
 from keras_lowbit.integer.build import integer_graph
 
 
-def freeze(model, *, input_type=None, output_type="float32", weights="int8") -> keras.Model:
+def freeze(
+    model, *, input_type=None, output_type="float32", weights="int8", preprocessing=None
+) -> keras.Model:
     """The inference model: integer arithmetic in `keras.ops`, equal to the exported file.
 
     Args:
@@ -17,6 +19,7 @@ def freeze(model, *, input_type=None, output_type="float32", weights="int8") -> 
         output_type: as in `tflite_export.convert`.
         weights: as in `tflite_export.convert`; it decides containers, and with `"int4_all"`
             how finely biases are rounded.
+        preprocessing: as in `tflite_export.convert`.
 
     Returns:
         A Keras model that saves, loads and runs compiled on every backend; nothing in it trains.
@@ -24,5 +27,11 @@ def freeze(model, *, input_type=None, output_type="float32", weights="int8") -> 
     Raises:
         keras_lowbit.NotExportable: names the layer that has no integer form.
     """
-    graph = integer_graph(model, input_type=input_type, output_type=output_type, weights=weights)
+    graph = integer_graph(
+        model,
+        input_type=input_type,
+        output_type=output_type,
+        weights=weights,
+        preprocessing=preprocessing,
+    )
     return frozen.build(graph)

@@ -18,6 +18,8 @@ from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
 from keras_lowbit.transform.plan import STREAM_BITS, Plan
 
+# Quantizers of activations that know of a ReLU6 in front.
+_TAKE_A_LIMIT = ("lsq", "channel_balanced")
 _EXPORTABLE_ACTIVATIONS = ("linear", "relu", "relu6")
 
 _QUANTIZED = {
@@ -228,13 +230,13 @@ class _Builder:
             quantizer = self._image_quantizer(ref)
         else:
             nonnegative, limit = self.plan.sign_and_limit(ref)
-            options = {"max_value": limit} if self.scheme.activation == "lsq" else {}
+            options = {"max_value": limit} if self.scheme.activation in _TAKE_A_LIMIT else {}
             quantizer = quantizers.get(
                 self.scheme.activation,
                 bits=bits,
                 signed=not nonnegative if signed is None else signed,
                 role="activation",
-                **options,
+                **{**options, **self.scheme.activation_options},
             )
         return layers.Quantize(quantizer, name=name)(values)
 
@@ -313,15 +315,21 @@ class _Builder:
         return layer, after, True
 
     def _kernel_quantizers(self, cls, widths):
+        name = widths.kernel or self.scheme.kernel
+        options = self.scheme.kernel_options if name == self.scheme.kernel else {}
+
         def make(axis):
             axis = axis if self.scheme.per_channel else None
             return quantizers.get(
-                self.scheme.kernel, bits=widths.kernel_bits, role="kernel", axis=axis
+                name, bits=widths.kernel_bits, role="kernel", axis=axis, **options
             )
 
         if cls is keras.layers.SeparableConv2D:
             between = quantizers.get(
-                self.scheme.activation, bits=widths.activation_bits, role="activation"
+                self.scheme.activation,
+                bits=widths.activation_bits,
+                role="activation",
+                **self.scheme.activation_options,
             )
             return {
                 "depthwise_quantizer": make((-2, -1)),

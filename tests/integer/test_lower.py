@@ -10,6 +10,8 @@ from keras_lowbit import layers as quantized_layers
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
+from keras_lowbit.integer.emit import OnGrid, identity, integer_product
+from keras_lowbit.numerics.grid import Grid
 
 K = keras.layers
 
@@ -182,3 +184,12 @@ def test_what_has_no_integer_form_is_refused_by_name(layer, message):
     small = calibrate(quantize_model(model), data(6, 6, 2))
     with pytest.raises(NotExportable, match=message):
         integer_graph(small)
+
+
+def test_the_code_of_a_copy_is_chosen_so_that_its_bias_is_whole():
+    """Steps 1 in and out. As code 127 a shift of 0.3 is 38.1 units; as 120 it is 36 of them."""
+    value = OnGrid("x", Grid(1.0, -128, 127, 8), 1.0, (1, 2, 2, 1))
+    shifted = identity(value, "shift").affine(np.ones(1), np.array([0.3]))
+    kernel, scale, bias = integer_product(shifted, value)
+    assert (kernel.item(), bias.item()) == (120, 36)
+    np.testing.assert_allclose(scale, 1 / 120, rtol=1e-6)  # float32

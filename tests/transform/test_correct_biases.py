@@ -41,8 +41,8 @@ def test_channel_means_become_those_of_the_float_model(pair, images):
     before = np.abs(channel_means(quantized, "point_bn", images) - wanted).max()
     klb.correct_biases(quantized, model, images)
     after = np.abs(channel_means(quantized, "point_bn", images) - wanted).max()
-    # The mean itself is summed in another order: float32 noise, far below the error before.
-    assert after < 1e-5 < before
+    # What is left is half a unit of the bias, which is rounded to what a file can hold.
+    assert after < before / 10
 
 
 def test_the_outputs_of_a_two_bit_net_come_closer(pair, images):

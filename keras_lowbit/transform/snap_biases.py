@@ -1,0 +1,96 @@
+"""Biases that an exported file can hold: what is left between Keras and the file is float noise.
+
+A file's biases are whole numbers of units, `scale_in * scale_kernel[c] * |gain[c]|`. Left alone, a
+Keras model of 8-bit kernels differs from its file by half a unit at most; that moves one code in
+some thousands of the first layers, and the layers behind them make it one code in three.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from keras import ops
+
+from keras_lowbit import walk
+from keras_lowbit.integer.emit import NotExportable
+from keras_lowbit.integer.lower import Lowering
+from keras_lowbit.kinds import kind_of
+
+
+def snap_biases(model):
+    """Move biases to the nearest whole number of units, in place.
+
+        unit[c] = scale_in * scale_kernel[c] * |gain[c]|           gain: of the batch norms behind
+        bias'[c] = round(bias[c] / unit[c]) * unit[c]              half to even
+
+    where `bias` is what is added in all; the layer's own bias moves, or the `beta` of the last
+    batch norm behind it. The exported file stays as it is, because it rounds biases to the same
+    units; with `weights="int4_all"` it rounds to others. `calibrate` and `correct_biases` end with
+    this; call it once more after `fit`, before the Keras model is measured against its file.
+
+    Args:
+        model: a calibrated model of `quantize_model`. One that cannot be exported comes back as
+            it is, and so do biases of layers called on several grids.
+
+    Returns:
+        The model.
+    """
+    program = walk.flatten(model)
+    try:
+        lowering = Lowering(program, 1, "int8")
+        lowering.run()
+    except NotExportable:
+        return model
+    readers = program.readers()
+    for call in program.calls:
+        found = lowering.emitter.biases.get(call.name, [])
+        shift = _shift(found) if kind_of(call) == "product" else None
+        if shift is None:
+            continue
+        variable, gain = _variable(call, readers)
+        if variable is not None:
+            moved = _numpy(variable) + np.divide(shift, gain, where=gain != 0, out=0 * gain)
+            variable.assign(moved.astype(np.float32))
+    return model
+
+
+def _shift(found):
+    """What to add to a product's bias, by channel; `None` where its calls differ or need nothing.
+
+    Where a bias has no nearest code (it would not fit, or its channel saturates) nothing moves.
+    """
+    shifts = []
+    for biases in found:
+        shift = biases.codes * biases.unit - biases.reals
+        # 0.5, and what float32 scales add to it.
+        shifts.append(np.where(np.abs(shift) <= 0.501 * biases.unit, shift, 0.0))
+    shifts = [shift for shift in shifts if shift.any()]
+    if not shifts or any(not np.array_equal(shift, shifts[0]) for shift in shifts):
+        return None
+    return shifts[0]
+
+
+def _variable(call, readers):
+    """The last variable that is added behind a product, and what it is multiplied by afterwards."""
+    chain = [call]
+    while True:
+        behind = readers.get(chain[-1].output.index, [])
+        if len(behind) != 1 or kind_of(behind[0]) not in ("batch_norm", "dropout"):
+            break
+        chain.append(behind[0])
+    if any(kind_of(reader) == "batch_norm" for reader in behind):
+        return None, None  # two batch norms read one tensor: two biases, one variable
+    gain = np.ones(())
+    for link in reversed(chain):
+        layer = link.operation
+        if kind_of(link) == "batch_norm":
+            if layer.center:
+                return layer.beta, gain + np.zeros(layer.beta.shape)
+            gain = gain / np.sqrt(_numpy(layer.moving_variance) + layer.epsilon)
+            gain = gain * (_numpy(layer.gamma) if layer.scale else 1.0)
+        elif kind_of(link) == "product" and layer.use_bias:
+            return layer.bias, gain + np.zeros(layer.bias.shape)
+    return None, None
+
+
+def _numpy(variable):
+    return np.asarray(ops.convert_to_numpy(variable), np.float64)

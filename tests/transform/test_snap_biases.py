@@ -1,0 +1,150 @@
+"""Biases on the file's own units: the Keras model then computes what its file computes."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_lowbit as klb
+import tflite_export
+from keras_lowbit.integer import reference
+from keras_lowbit.integer.build import integer_graph
+from keras_lowbit.transform.snap_biases import snap_biases
+
+K = keras.layers
+
+
+def nudged(model, by=0.37):
+    """The model with every bias and beta moved, as a training step would."""
+    random = np.random.default_rng(1)
+    for layer in model.layers:
+        for variable in (getattr(layer, "bias", None), getattr(layer, "beta", None)):
+            if variable is not None:
+                value = ops.convert_to_numpy(variable)
+                variable.assign(value + by * random.standard_normal(value.shape))
+    return model
+
+
+def hostile(norm):
+    random = np.random.default_rng(2)
+    channels = norm.gamma.shape[0]
+    norm.gamma.assign(random.uniform(0.2, 1, channels) * np.where(np.arange(channels) % 2, 1, -1))
+    norm.moving_mean.assign(random.normal(0, 1, channels))
+    norm.moving_variance.assign(random.uniform(0.1, 2, channels))
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (24, 9, 9, 3)).astype("float32")
+
+
+@pytest.fixture
+def net(images):
+    inputs = keras.Input((9, 9, 3))
+    x = K.Rescaling(1 / 255)(inputs)
+    x = K.Conv2D(8, 3, padding="same", use_bias=False, name="stem")(x)
+    x = K.ReLU()(K.BatchNormalization(name="stem_bn")(x))
+    x = K.SeparableConv2D(8, 3, activation="relu", name="separable")(x)
+    x = K.Conv2D(8, 1, name="point")(x)
+    x = K.ReLU()(K.BatchNormalization(center=False, name="point_bn")(x))
+    outputs = K.Dense(4, name="head")(K.GlobalAveragePooling2D()(x))
+    model = keras.Model(inputs, outputs)
+    hostile(model.get_layer("stem_bn"))
+    hostile_gain = model.get_layer("point_bn")
+    hostile_gain.gamma.assign(np.linspace(-1, 1, 8))
+    return nudged(klb.calibrate(klb.quantize_model(model, "w8a8"), images))
+
+
+def wrong_codes(model, images):
+    """Codes of quantized tensors in Keras that differ from the integers of the graph."""
+    graph = integer_graph(model, input_type="uint8")
+    computed = reference.run(graph, {graph.inputs[0]: images.astype("uint8")})
+    wrong = 0
+    for name in ("re_lu", "separable", "re_lu_1", "head"):
+        pair = model.get_layer(f"{name}_quantize")
+        codes = keras.Model(model.inputs, pair.output[0]).predict(images, verbose=0)
+        tensor = graph.tensors[name]
+        wrong += np.count_nonzero(codes != computed[name].astype(int) - tensor.zero_point)
+    return wrong
+
+
+def test_a_bias_becomes_a_whole_number_of_units():
+    """Scales 1/4 of the input and 1/8 of the kernel: unit 1/32; 0.30 is 9.6 units, so 10."""
+    inputs = keras.Input((2,))
+    pair = klb.layers.Quantize("lsq", signed=False)(inputs)
+    layer = klb.layers.QuantizedDense(1)
+    made = klb.layers.Quantize("lsq")(layer(pair))
+    model = keras.Model(inputs, klb.layers.Dequantize()(made))
+    for quantizer in (model.layers[1].quantizer, model.layers[3].quantizer):
+        quantizer.take_scale(np.float32(0.25))
+    layer.kernel.assign([[1.0], [-0.5]])
+    layer.kernel_quantizer.take_scale(np.float32([0.125]))
+    layer.bias.assign([0.30])
+    snap_biases(model)
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer.bias), np.float32([10 / 32]))
+
+
+def test_codes_in_keras_become_those_of_the_file(net, images):
+    before = wrong_codes(net, images)
+    after = wrong_codes(snap_biases(net), images)
+    # 34,464 codes; float32 noise moves about one in 10^5.
+    assert before > 10
+    assert after <= 1
+
+
+@pytest.mark.runtime
+def test_the_file_stays_as_it_is(net):
+    before = tflite_export.convert(net).content
+    assert tflite_export.convert(snap_biases(net)).content == before
+
+
+def test_snapping_twice_is_snapping_once(net):
+    once = [np.array(w) for w in snap_biases(net).get_weights()]
+    for first, second in zip(once, snap_biases(net).get_weights(), strict=True):
+        # A sum of a bias and a mean, each rounded to float32.
+        np.testing.assert_allclose(first, second, rtol=0, atol=1e-6)
+
+
+def test_only_biases_move(net):
+    names = [v.path for v in net.variables]
+    before = [np.array(w) for w in net.get_weights()]
+    after = snap_biases(net).get_weights()
+    moved = {
+        name.split("/")[-2] + "/" + name.split("/")[-1]
+        for name, a, b in zip(names, before, after, strict=True)
+        if not np.array_equal(a, b)
+    }
+    # `point_bn` has no beta, so the bias in front of it moves.
+    assert moved == {"stem_bn/beta", "separable/bias", "point/bias", "head/bias"}
+
+
+def test_calibrated_and_corrected_models_are_snapped(images):
+    inputs = keras.Input((9, 9, 3))
+    x = K.Conv2D(4, 3, bias_initializer=keras.initializers.Constant(0.123))(inputs)
+    model = keras.Model(inputs, K.Flatten()(x))
+    made = klb.calibrate(klb.quantize_model(model, "w8a8"), images)
+    for step in (lambda: None, lambda: klb.correct_biases(made, model, images)):
+        step()
+        before = [np.array(w) for w in made.get_weights()]
+        for a, b in zip(before, snap_biases(made).get_weights(), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_layer_called_on_two_grids_keeps_its_bias(images):
+    inputs = keras.Input((9, 9, 3))
+    shared = K.Conv2D(3, 3, padding="same", bias_initializer="ones", name="shared")
+    x = shared(K.ReLU()(shared(inputs)))
+    model = klb.quantize_model(keras.Model(inputs, x), "w8a8")
+    klb.calibrate(model, images)
+    layer = model.get_layer("shared")
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer.bias), np.ones(3, "float32"))
+
+
+def test_a_model_without_an_integer_form_stays_as_it_is(images):
+    inputs = keras.Input((9, 9, 3))
+    x = K.Activation("tanh")(K.Conv2D(4, 3, name="conv")(inputs))
+    made = klb.quantize_model(keras.Model(inputs, K.Conv2D(2, 1)(x)), "w8a8")
+    nudged(klb.calibrate(made, images))
+    before = ops.convert_to_numpy(made.get_layer("conv").bias)
+    snap_biases(made)
+    np.testing.assert_array_equal(ops.convert_to_numpy(made.get_layer("conv").bias), before)
