@@ -62,7 +62,7 @@ class BitDescent(keras.callbacks.Callback):
         """Find the quantizers that descend, each with the width it was built for."""
         super().set_model(model)
         chosen = [s for s in sites_of(model) if s.quantizer.role in _ROLES[self.targets]]
-        pairs = [(site, site.quantizer.target_bits) for site in chosen]
+        pairs = [(s, s.quantizer.target_bits) for s in chosen if s.quantizer.moves_bits]
         self._sites = [(site, target) for site, target in pairs if target < MAX_BITS]
 
     def on_train_begin(self, logs=None):

@@ -30,7 +30,7 @@ def reach(model):
     return [
         np.array(ops.convert_to_numpy(s.quantizer.scale)) * s.quantizer.static_bounds()[1]
         for s in sites_of(model)
-        if f"{s.layer_name}.{s.argument}" in LOW
+        if f"{s.layer_name}.{s.argument}" in LOW and s.quantizer.moves_bits
     ]
 
 
@@ -196,3 +196,11 @@ def _begin(callback, model, epochs):
     callback.set_params({"epochs": epochs})
     callback.set_model(model)
     callback.on_train_begin()
+
+
+def test_kernels_of_one_width_are_passed_by_and_activations_descend():
+    model, watch = tiny.model("wta4"), Watch()
+    tiny.train(model, [BitDescent({0: 8, 1: 4}), watch], epochs=2)
+    kernels = [bits["middle.kernel_quantizer"] for bits in watch.bits]
+    activations = [bits["relu1_quantize.quantizer"] for bits in watch.bits]
+    assert (kernels, activations) == ([2, 2], [8, 4])

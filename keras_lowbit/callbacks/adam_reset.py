@@ -1,0 +1,76 @@
+"""Cosine learning rates with Adam's memory reset at the end of each period."""
+
+from __future__ import annotations
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lowbit.callbacks.sites import checked_count
+
+
+class AdamResetCosine(keras.callbacks.Callback):
+    """Anneals the learning rate step by step and resets Adam every `period` steps.
+
+        rate(t) = base * exp(-decay * t) * |cos(pi / 4 * r / period)| + floor,   r = t mod period
+
+    At `r = 0` the optimizer's moments are set to zero. With `pi / 4` the cosine falls to 0.71.
+
+    Args:
+        period: steps between two resets, from 1.
+        decay: of the base rate, a step.
+        floor: smallest rate.
+
+    Raises:
+        ValueError: arguments out of range; when training starts, an optimizer whose learning rate
+            is a schedule.
+
+    Reference:
+        Goncharenko et al., Fast Adjustable Threshold, arXiv:1812.07872: cosine annealing with
+        resets of Adam in the text; this formula and its numbers are those of the authors' code.
+    """
+
+    def __init__(self, period: int = 400, decay: float = 1e-4, floor: float = 1e-7):
+        super().__init__()
+        self.period = checked_count(period, who="AdamResetCosine: period", least=1)
+        if not decay >= 0 or not floor >= 0:
+            raise ValueError(
+                f"AdamResetCosine: decay and floor must be at least 0. Got {decay!r}, {floor!r}"
+            )
+        self.decay, self.floor = float(decay), float(floor)
+        self._base, self._step = 0.0, 0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        phase = math.pi / 4 * (step % self.period) / self.period
+        return self._base * math.exp(-self.decay * step) * abs(math.cos(phase)) + self.floor
+
+    def on_train_begin(self, logs=None):
+        """Note the base rate."""
+        optimizer = self.model.optimizer
+        rate = optimizer.learning_rate
+        if not hasattr(rate, "assign"):
+            raise ValueError(
+                "AdamResetCosine sets the learning rate itself: compile with a number, not a "
+                f"schedule. Got {type(rate).__name__}"
+            )
+        self._base, self._step = float(ops.convert_to_numpy(rate)), 0
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Set the rate; at a period's start clear the moments."""
+        if hasattr(self.model, "jax_state_sync"):
+            # On JAX a running `fit` holds the values; what is assigned meanwhile would be lost.
+            self.model.jax_state_sync()
+        optimizer = self.model.optimizer
+        optimizer.learning_rate.assign(self.rate(self._step))
+        if self._step and self._step % self.period == 0:
+            for variable in optimizer.variables:
+                if variable is not optimizer.learning_rate:
+                    variable.assign(np.zeros(variable.shape, variable.dtype))
+        self._step += 1
+
+    def on_train_end(self, logs=None):
+        """Give the base rate back."""
+        self.model.optimizer.learning_rate.assign(self._base)

@@ -1,0 +1,210 @@
+"""Ternary training in two phases: first the pull, then the projection."""
+
+from __future__ import annotations
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lowbit.callbacks.sites import checked_count, layers_of
+from keras_lowbit.callbacks.switches import add_switches, models_of
+from keras_lowbit.layers.packed_kernels import kernels
+from keras_lowbit.quantizers import Ternary
+from keras_lowbit.regularizers import CosineTernaryRegularizer
+from keras_lowbit.transform.reestimate import reestimate_batchnorm
+
+
+def attach_cosine(model: keras.Model, strength: float = 1.0) -> dict[str, CosineTernaryRegularizer]:
+    """Put the cosine-to-ternary penalty on the latent kernels of a model's `Ternary` quantizers.
+
+        loss += strength * sum over layers of R(kernel)
+
+    The penalty projects as the layer's own quantizer does. Its strength is the variable `pull` of
+    the quantizer, so compiled steps see it move, and files keep it; the penalty itself is attached
+    again after loading. A second call changes the strength.
+
+    Args:
+        model: a built model of `quantize_model` with ternary kernels.
+        strength: lambda, at least 0.
+
+    Returns:
+        The penalty of each kernel, by layer name (`<name>/pointwise` for separable layers).
+
+    Raises:
+        ValueError: no ternary kernel, or a negative strength.
+    """
+    found = _ternary_kernels(model)
+    if not found:
+        raise ValueError(
+            f"{model.name} has no ternary kernel. Quantize it by quantize_model(model, 'wta8')"
+        )
+    if not strength >= 0:
+        raise ValueError(f"attach_cosine: strength must be at least 0. Got {strength!r}")
+    attached = {}
+    new = False
+    for name, kernel in found.items():
+        kernel.quantizer.pull.assign(float(strength))
+        known = kernel.latent.regularizer
+        mine = isinstance(known, CosineTernaryRegularizer)
+        if not mine or known.strength is not kernel.quantizer.pull:
+            if known is not None and not mine:
+                raise ValueError(
+                    f"{name}: its kernel has the regularizer {known}; a kernel takes one. Remove "
+                    "it from the float model, and let the optimizer decay weights"
+                )
+            kernel.latent.regularizer = CosineTernaryRegularizer(
+                kernel.quantizer.pull, kernel.quantizer.axis, projection=kernel.quantizer.project
+            )
+            new = True
+        attached[name] = kernel.latent.regularizer
+    if new:
+        # Steps compiled before do not know the penalty.
+        for inner in models_of(model):
+            inner.train_function = inner.test_function = None
+    return attached
+
+
+class TernaryPhases(keras.callbacks.Callback):
+    """Pushes float kernels towards ternary ones, then trains ternary ones.
+
+        phase P, epoch < switch_epoch    float kernels; loss + lambda sum R, lambda by a half cosine
+                                         from 0 to `strength` in the last epoch of the phase
+        phase T, epoch >= switch_epoch   ternary kernels; lambda = keep * strength; temperature by a
+                                         half cosine from the first to the second of `temperature`
+
+    At the switch batch norms are re-estimated on `data`. Every epoch logs `ternary_cosine`, the
+    mean cosine between filters and their ternary codes over all layers, and
+    `ternary_cosine/<layer>`, the mean over the filters of each. Above 0.97 at the switch is a good
+    sign. The gradient's re-scaling is the quantizer's: `Ternary(gradient="sigmoid")`.
+
+    Everything but the weights follows from the epoch alone, so a run that resumes goes on as if
+    never killed. Training that ends in phase P leaves a model that an exporter refuses.
+
+    Args:
+        switch_epoch: the first epoch of phase T; 0 for no phase P.
+        data: images for `reestimate_batchnorm`; `None` leaves the statistics.
+        strength: largest lambda.
+        keep: share of it in phase T.
+        temperature: first and last, in units of the threshold.
+        steps: batches of `data` to use; `None` for all.
+        batch_size: images at a time, for arrays.
+        verbose: 1 prints the cosine of each layer at the switch.
+
+    Raises:
+        ValueError: counts, strengths or temperatures out of range; when training starts, a switch
+            epoch past the end, or a model without ternary kernels.
+
+    Reference:
+        Liu, Liu, Hyperspherical Loss-Aware Ternary Quantization, 2022, arXiv:2212.12649: schedule
+        reconstructed, only the abstract could be read. The paper regularizes before it ternarizes.
+    """
+
+    def __init__(
+        self,
+        switch_epoch: int,
+        data=None,
+        *,
+        strength: float = 1.0,
+        keep: float = 0.1,
+        temperature: tuple[float, float] = (1.0, 0.25),
+        steps: int | None = 50,
+        batch_size: int = 128,
+        verbose: int = 0,
+    ):
+        super().__init__()
+        self.switch_epoch = checked_count(switch_epoch, who="TernaryPhases: switch_epoch", least=0)
+        if not strength >= 0 or not keep >= 0:
+            raise ValueError(
+                f"TernaryPhases: strength and keep must be at least 0. Got {strength!r}, {keep!r}"
+            )
+        if len(temperature) != 2 or not min(temperature) > 0:
+            raise ValueError(
+                "TernaryPhases: temperature is the first and the last, both positive. "
+                f"Got {temperature!r}"
+            )
+        self.data, self.steps, self.verbose = data, steps, verbose
+        self.batch_size = checked_count(batch_size, who="TernaryPhases: batch_size", least=1)
+        self.strength, self.keep = float(strength), float(keep)
+        self.temperature = tuple(map(float, temperature))
+        self._kernels = {}
+        self._penalties = {}
+
+    def set_model(self, model):
+        """Attach the penalty and the switches, before the step is compiled."""
+        super().set_model(model)
+        self._penalties = attach_cosine(model, 0.0)
+        self._kernels = _ternary_kernels(model)
+        add_switches(model, [kernel.quantizer for kernel in self._kernels.values()])
+
+    def on_train_begin(self, logs=None):
+        """Check the switch against the number of epochs."""
+        epochs = self.params.get("epochs")
+        if epochs is not None and self.switch_epoch >= epochs:
+            raise ValueError(
+                f"TernaryPhases: phase T begins at epoch {self.switch_epoch}, which never comes: "
+                f"fit runs epochs 0 to {epochs - 1}. Switch earlier or train longer"
+            )
+
+    def strength_at(self, epoch: int) -> float:
+        """Lambda of an epoch."""
+        if epoch >= self.switch_epoch:
+            return self.keep * self.strength
+        return self.strength * _half_cosine((epoch + 1) / self.switch_epoch)
+
+    def temperature_at(self, epoch: int, epochs: int) -> float:
+        """Temperature of an epoch of a `fit` that ends at `epochs`."""
+        first, last = self.temperature
+        steps = epochs - self.switch_epoch - 1
+        passed = max(epoch - self.switch_epoch, 0) / steps if steps > 0 else 1.0
+        return first + (last - first) * _half_cosine(passed)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Set lambda, temperature and phase."""
+        strength = self.strength_at(epoch)
+        temperature = self.temperature_at(epoch, self.params.get("epochs") or epoch + 1)
+        ternary = epoch >= self.switch_epoch
+        for kernel in self._kernels.values():
+            kernel.quantizer.pull.assign(strength)
+            kernel.quantizer.temperature.assign(temperature)
+            if kernel.quantizer.enabled != ternary:
+                kernel.quantizer.set_enabled(ternary)
+        # By the epoch, not by what changed: switches are in no file, and a resumed run has them on.
+        if epoch == self.switch_epoch:
+            if self.verbose:
+                cosines = ", ".join(f"{k} {v:.3f}" for k, v in self.cosines().items())
+                print(f"Epoch {epoch + 1}: ternary from here. Cosines: {cosines}")
+            if self.data is not None:
+                reestimate_batchnorm(
+                    self.model, self.data, steps=self.steps, batch_size=self.batch_size
+                )
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Log the cosines."""
+        if logs is None:
+            return
+        cosines = self.cosines()
+        logs["ternary_cosine"] = float(np.mean(list(cosines.values())))
+        logs.update({f"ternary_cosine/{name}": value for name, value in cosines.items()})
+
+    def cosines(self) -> dict[str, float]:
+        """Mean cosine over the filters of each ternary kernel, by layer name."""
+        return {
+            name: float(np.mean(ops.convert_to_numpy(penalty.cosines(self._kernels[name].latent))))
+            for name, penalty in self._penalties.items()
+        }
+
+
+def _ternary_kernels(model):
+    return {
+        f"{name}/{kernel.part}" if kernel.part else name: kernel
+        for name, layer in layers_of(model)
+        for kernel in kernels(layer)
+        if isinstance(kernel.quantizer, Ternary)
+    }
+
+
+def _half_cosine(share):
+    """0 at 0, 1 at 1."""
+    return 0.5 * (1.0 - math.cos(math.pi * min(max(share, 0.0), 1.0)))

@@ -1,0 +1,76 @@
+"""Kernels first and activations later, or the other way round."""
+
+from __future__ import annotations
+
+import keras
+
+from keras_lowbit.callbacks.sites import checked_count, sites_of
+from keras_lowbit.callbacks.switches import add_switches
+
+# Which role waits for the second stage.
+_LATER = {"weights_first": "activation", "activations_first": "kernel"}
+
+
+class TwoStage(keras.callbacks.Callback):
+    """Quantizes kernels alone, then kernels and activations, within one `fit`.
+
+        epoch < switch_epoch       kernels quantized, activations float
+        epoch >= switch_epoch      both quantized
+
+    What waits passes bit for bit as in the float model, whatever its scheme's width, 8-bit ends
+    included; validation in the first stage sees it so too. Scales of what waits rest.
+
+    The state follows from the epoch alone, so a run that resumes goes on as if never killed. A run
+    that stops in the first stage leaves a model that an exporter refuses.
+
+    List it before callbacks that run the model at the beginning of an epoch.
+
+    Args:
+        switch_epoch: the first epoch in which both are quantized, from 1.
+        order: `"weights_first"`, or `"activations_first"`, where kernels wait.
+
+    Raises:
+        ValueError: a switch epoch below 1, an unknown order; when training starts, a switch epoch
+            past the end, or a model with nothing to switch.
+
+    Reference:
+        Zhuang, Shen, Tan, Liu, Reid, Towards Effective Low-bitwidth Convolutional Neural Networks,
+        CVPR 2018, arXiv:1711.00205, two-stage optimization; Zhuang et al., arXiv:1908.04680. From
+        memory of the texts. Activations first: as released binary networks (ReActNet) train.
+    """
+
+    def __init__(self, switch_epoch: int, order: str = "weights_first"):
+        super().__init__()
+        self.switch_epoch = checked_count(switch_epoch, who="TwoStage: switch_epoch", least=1)
+        if order not in _LATER:
+            raise ValueError(f"TwoStage: order must be one of {[*_LATER]}. Got {order!r}")
+        self.order = order
+        self._waiting = []
+
+    def set_model(self, model):
+        """Find what waits, and give it switches before the step is compiled."""
+        super().set_model(model)
+        role = _LATER[self.order]
+        self._waiting = [s.quantizer for s in sites_of(model) if s.quantizer.role == role]
+        add_switches(model, self._waiting)
+
+    def on_train_begin(self, logs=None):
+        """Check against the model and the number of epochs."""
+        if not self._waiting:
+            raise ValueError(
+                f"TwoStage: {self.model.name} has no quantizer of {_LATER[self.order]}s to switch. "
+                "Quantize it first, such as quantize_model(model, 'w4a4')"
+            )
+        epochs = self.params.get("epochs")
+        if epochs is not None and self.switch_epoch >= epochs:
+            raise ValueError(
+                f"TwoStage: the second stage begins at epoch {self.switch_epoch}, which never "
+                f"comes: fit runs epochs 0 to {epochs - 1}. Switch earlier or train longer"
+            )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Switch, unless it is so."""
+        second = epoch >= self.switch_epoch
+        for quantizer in self._waiting:
+            if quantizer.enabled != second:
+                quantizer.set_enabled(second)

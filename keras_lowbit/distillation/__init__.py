@@ -1,0 +1,5 @@
+"""Training quantized models beside, or under, a float one."""
+
+from keras_lowbit.distillation.mutual import MutualDistiller
+
+__all__ = ["MutualDistiller"]

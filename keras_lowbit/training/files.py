@@ -1,0 +1,74 @@
+"""Files of a training in stages: whole at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+
+def write_json(content, path: Path) -> None:
+    """Write under another name, then rename."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read_json(path: Path, default):
+    """The content, or `default` where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+
+
+def write_state(model: keras.Model, path: Path) -> None:
+    """All variables of a model, random states included, optimizer excluded."""
+    unfinished = path.with_name(f"{path.stem}.unfinished.npz")
+    arrays = [np.asarray(ops.convert_to_numpy(v)) for v in model.variables]
+    np.savez(unfinished, **{f"{i:06d}": array for i, array in enumerate(arrays)})
+    os.replace(unfinished, path)
+
+
+def read_state(model: keras.Model, path: Path) -> None:
+    """Put back what `write_state` wrote.
+
+    Raises:
+        ValueError: the file belongs to another model.
+    """
+    with np.load(path) as stored:
+        names = sorted(stored.files)
+        arrays = [stored[name] for name in names]
+    shapes = [tuple(array.shape) for array in arrays]
+    if shapes != [tuple(v.shape) for v in model.variables]:
+        raise ValueError(
+            f"{path} belongs to another model than {model.name}. Give each training a directory "
+            "of its own"
+        )
+    for variable, array in zip(model.variables, arrays, strict=True):
+        variable.assign(array)
+
+
+class EpochLog(keras.callbacks.Callback):
+    """Adds the logs of each epoch to a JSON file; a repeated epoch replaces its row.
+
+    Args:
+        path: the file, a list of rows.
+        stage: index of the stage, written to each row.
+    """
+
+    def __init__(self, path: Path, stage: int):
+        super().__init__()
+        self.path, self.stage = Path(path), stage
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Add a row, and drop those of this epoch and later ones."""
+        rows = [row for row in read_json(self.path, []) if row["epoch"] < epoch]
+        numbers = {key: float(value) for key, value in (logs or {}).items()}
+        write_json([*rows, {"epoch": epoch, "stage": self.stage, **numbers}], self.path)
+
+
+def plain(content):
+    """`content` as it reads back from JSON: tuples as lists."""
+    return json.loads(json.dumps(content))
