@@ -1,0 +1,248 @@
+"""Block reconstruction: a low-bit model learns its float model's activations, block after block.
+
+A block's target is the float block's output on float inputs; its input is, element by element with
+probability `drop`, the float or the quantized stream so far, and inside it the activation grids
+are dropped likewise. `tuning.variables` says what is trained, in which units.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lowbit.progress import table, track
+from keras_lowbit.transform.calibrate import checked_batches, uncalibrated
+from keras_lowbit.transform.snap_biases import snap_biases
+from keras_lowbit.tuning import block_model, programs, streams
+from keras_lowbit.tuning.block_model import BlockModel, Rates
+from keras_lowbit.tuning.blocks import find as find_blocks
+from keras_lowbit.tuning.folder import Folder
+
+# Streams alive at once: the block's two inputs and its target or its outputs.
+_STREAMS = 3
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """One block.
+
+    Args:
+        name: the layer whose output ends it.
+        products: layers with a kernel in it.
+        before: relative squared error of its output against the float model's, with the quantized
+            stream as input, before the block was trained.
+        after: the same afterwards.
+        seconds: time of its steps; 0 for a block that a folder held.
+    """
+
+    name: str
+    products: int
+    before: float
+    after: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `reconstruct` did; prints as a table."""
+
+    blocks: tuple[BlockResult, ...]
+
+    def __str__(self):
+        rows = [
+            (b.name, b.products, f"{b.before:.4f}", f"{b.after:.4f}", f"{b.seconds:.1f}")
+            for b in self.blocks
+        ]
+        columns = ("block", "products", "error before", "error after", "seconds")
+        return table("Relative squared error of each block's output", columns, rows)
+
+
+def reconstruct(
+    model,
+    float_model,
+    images,
+    *,
+    steps=200,
+    batch_size=20,
+    drop=0.5,
+    blocks=None,
+    rates=None,
+    folder=None,
+    memory=2**30,
+    seed=0,
+    jit_compile=None,
+) -> Reconstruction:
+    """Tune a calibrated model to its float model, block by block, without labels, in place.
+
+    Loss of a block: mean squared error over the variance of the target; of the last block, where
+    it ends in logits `(batch, classes)`: the KL divergence of their softmax. Adam, rates falling to
+    zero along a cosine. Batch norms may be folded or not: they compute with their moving
+    statistics, and their `beta` is trained as the bias that it will be.
+
+    Args:
+        model: a calibrated model of `quantize_model`.
+        float_model: the model that it was made from.
+        images: array `(n, ...)`, list of arrays for several inputs, or an iterable of batches; a
+            few hundred, kept in memory.
+        steps: for each block.
+        batch_size: images a step.
+        drop: share of elements that stay real while training (0.5 for few bits; at 8 bits 0 serves
+            better), 0..1.
+        blocks: names of layers whose outputs end a block; `None`: found in the graph, residual
+            blocks as they are, chains up to their next linear tensor.
+        rates: `tuning.Rates`.
+        folder: finished blocks are kept there, and a run that was killed goes on behind them.
+        memory: bytes for activations; what does not fit is kept as float16, or on disk.
+        seed: of batches and of dropping.
+        jit_compile: `None` compiles with XLA on JAX only: on TensorFlow it makes depthwise
+            convolutions several times slower on a CPU.
+
+    Returns:
+        A `Reconstruction`.
+
+    Raises:
+        ValueError: models that do not correspond layer by layer, an uncalibrated model, quantizers
+            without a scale variable, images that do not fit, a block name that is no cut,
+            arguments out of range, a folder of another run.
+        FloatingPointError: a loss that is not finite, with the block's name; the block is then as
+            it was.
+
+    Reference:
+        Li et al., BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction,
+        ICLR 2021, arXiv:2102.05426 (blocks in order against float outputs), and Wei et al., QDrop,
+        ICLR 2022, arXiv:2203.05740 (dropping). Deviations: kernels themselves are trained, not
+        rounding offsets; the float model's own stream is the input that quantization is mixed
+        with; no Fisher weights.
+    """
+    _check(steps, batch_size, drop, memory)
+    quantized, floating = programs.pair(model, float_model)
+    missing = uncalibrated(model)
+    if missing:
+        raise ValueError(f"Calibrate the model first: {missing[:3]} have seen no data")
+    quantized, floating = programs.logits(quantized), programs.logits(floating)
+    found = find_blocks(quantized, floating, blocks)
+    batches = checked_batches(quantized, images, batch_size)
+    inputs = [streams.Given(np.concatenate(column)) for column in zip(*batches, strict=True)]
+    rates = Rates() if rates is None else rates
+    if jit_compile is None:
+        jit_compile = keras.backend.backend() == "jax"
+    settings = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "drop": drop,
+        "seed": seed,
+        "rates": vars(rates),
+        "blocks": [block.name for block in found],
+    }
+    kept = Folder.open(folder, settings, float_model, model, [i.array for i in inputs])
+    runner = _Runner(steps, batch_size, drop, rates, memory / _STREAMS, seed, jit_compile, kept)
+    result = runner.run(found, inputs)
+    snap_biases(model)
+    return result
+
+
+def _check(steps, batch_size, drop, memory):
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"reconstruct: {name} must be a whole number from 1. Got {value!r}")
+    if not 0 <= drop <= 1:
+        raise ValueError(f"reconstruct: drop must lie in 0..1. Got {drop!r}")
+    if not memory > 0:
+        raise ValueError(f"reconstruct: memory must be positive, in bytes. Got {memory!r}")
+
+
+class _Runner:
+    """Goes through the blocks with the two streams."""
+
+    def __init__(self, steps, batch_size, drop, rates, budget, seed, jit_compile, kept):
+        self.steps, self.batch_size, self.drop = steps, batch_size, drop
+        self.rates, self.budget, self.seed = rates, budget, seed
+        self.jit_compile, self.kept = jit_compile, kept
+        self.done: set[int] = set()
+
+    def run(self, found, inputs):
+        results = []
+        bar = track(range(len(found) * self.steps), "reconstruct")
+        quantized = floating = inputs
+        try:
+            for i, block in enumerate(found):
+                wanted = streams.propagate(block.floating, floating, self.batch_size, self.budget)
+                last = i == len(found) - 1
+                result, got = self.block(i, block, quantized, floating, wanted, last, bar)
+                results.append(result)
+                spent, quantized, floating = (*quantized, *floating), got, wanted
+                for stream in spent:
+                    stream.close()
+            next(bar, None)  # past the last step, so that the bar counts it
+        finally:
+            bar.close()
+            for stream in (*quantized, *floating):
+                stream.close()
+        return Reconstruction(tuple(results))
+
+    def block(self, i, block, quantized, floating, wanted, last, bar):
+        """The block's result and the quantized streams of its outputs."""
+        variances = [max(streams.variance(stream), 1e-12) for stream in wanted]
+        loss = block_model.squared_error(variances)
+        if last and len(wanted) == 1 and wanted[0].array.ndim == 2 and wanted[0].array.shape[1] > 1:
+            loss = block_model.divergence
+        model = BlockModel(
+            block.quantized,
+            loss=loss,
+            drop=self.drop,
+            mix=i > 0,
+            seed=_seed(self.seed, i),
+            rates=self.rates,
+            done=self.done,
+        )
+        before, seconds = self.kept.load(i, model.targets()), 0.0
+        if before is None:
+            got = streams.propagate(block.quantized, quantized, self.batch_size, self.budget)
+            before = streams.relative_error(wanted, got, variances)
+            for stream in got:
+                stream.close()
+            seconds = self.train(i, block, model, quantized, floating, wanted, bar)
+            self.kept.save(i, model.targets(), before)
+        else:
+            for _ in range(self.steps):
+                next(bar, None)
+        got = streams.propagate(block.quantized, quantized, self.batch_size, self.budget)
+        after = streams.relative_error(wanted, got, variances)
+        return BlockResult(block.name, block.products, before, after, seconds), got
+
+    def train(self, i, block, model, quantized, floating, wanted, bar):
+        """Seconds that the steps took."""
+        start = [np.array(ops.convert_to_numpy(v)) for v in model.targets()]
+        random = np.random.default_rng(_seed(self.seed, i))
+        began = time.monotonic()
+        if model.trainable_variables:
+            model.prepare(self.steps, self.jit_compile)
+        try:
+            for step in range(self.steps if model.trainable_variables else 0):
+                rows = random.choice(len(wanted[0]), min(self.batch_size, len(wanted[0])), False)
+                rows.sort()
+                feeds = [stream[rows] for stream in (*quantized, *(floating if model.mix else ()))]
+                targets = [stream[rows] for stream in wanted]
+                value = float(model.train_on_batch(feeds, targets))
+                if not np.isfinite(value):
+                    raise FloatingPointError(
+                        f"reconstruct: the loss of block {block.name} is {value} at step {step}. "
+                        "Lower the rates, and check the calibration"
+                    )
+                next(bar, None)
+        except BaseException:
+            # A run that goes on later must find the block untouched.
+            for variable, value in zip(model.targets(), start, strict=True):
+                variable.assign(value)
+            raise
+        model.write()
+        return time.monotonic() - began
+
+
+def _seed(seed, i):
+    """A seed for each block, so that a resumed run draws what an unbroken one would."""
+    return int(np.random.SeedSequence([seed, i]).generate_state(1)[0] % 2**31)
