@@ -19,7 +19,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-arm test-old-runtime bench lint format clean
+.PHONY: help install demo test test-slow test-arm test-no-tensorflow test-old-runtime bench lint format clean
 
 help:
 	@echo "make install             the virtual environment $(VENV) with the three backends"
@@ -27,6 +27,7 @@ help:
 	@echo "make test                the tests, on: $(BACKENDS)"
 	@echo "make test-slow           whole models, and exactness on many random ones"
 	@echo "make test-arm            exported files in the aarch64 runtime, under qemu-user"
+	@echo "make test-no-tensorflow  quantize, train, export, verify where TensorFlow is not installed"
 	@echo "make test-old-runtime    exported files in tflite-runtime 2.14"
 	@echo "make bench               time of a training step against the float model"
 	@echo "make lint | make format  ruff"
@@ -77,6 +78,23 @@ test-old-runtime: install $(OLD)/.installed
 	@KERAS_BACKEND=$${KERAS_BACKEND:-tensorflow} $(BIN)/python -m pytest -q -s \
 	  tests/exactness/test_old_runtime.py
 
+# JAX and PyTorch users need no TensorFlow: an environment that has none.
+BARE := .venv-no-tensorflow
+
+$(BARE)/.installed: pyproject.toml
+	@test -x $(BARE)/bin/python || $(PYTHON) -m venv $(BARE)
+	@$(BARE)/bin/python -m pip install --quiet --editable ".[jax,tflite]" "$(TORCH)"
+	@touch $@
+
+test-no-tensorflow: $(BARE)/.installed
+	@! $(BARE)/bin/python -c "import tensorflow" 2>/dev/null \
+	  || { echo "TensorFlow is installed in $(BARE)"; exit 1; }
+	@for backend in jax torch; do \
+	  out=$$(mktemp -d) && echo "== backend: $$backend" \
+	    && KERAS_BACKEND=$$backend $(BARE)/bin/python tests/no_tensorflow_job.py $$out || exit 1; \
+	  rm -r $$out; \
+	done
+
 bench: install
 	@for backend in $(BACKENDS); do \
 	  PYTHONPATH=. KERAS_BACKEND=$$backend $(BIN)/python tests/benchmarks/training_step.py $(BENCH_ARGS) \
@@ -92,4 +110,4 @@ format: install
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BARE) build dist .pytest_cache .ruff_cache

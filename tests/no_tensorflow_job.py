@@ -43,7 +43,8 @@ def main(folder):
     klb.save_packed(loaded, f"{folder}/packed.keras")
     result = tflite_export.convert(loaded, weights="int4", verify=images[:4])
     print(f"wrong {result.mismatches} of {result.verification.compared}")
+    return result.mismatches
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1]))

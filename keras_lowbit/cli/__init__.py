@@ -1,1 +1,1 @@
-"""The command line: `keras-lowbit train|quantize|evaluate|export|check|inspect`."""
+"""What the commands of `keras-lowbit` do; their flags and help are in `keras_lowbit_cli`."""

@@ -11,6 +11,7 @@ import tflite_export
 from keras_lowbit import packed, zoo
 from keras_lowbit.analysis import summary
 from keras_lowbit.cli import files, measure, trainer
+from keras_lowbit.cli.allocator import keep_memory
 from keras_lowbit.cli.inspection import inspect as inspection
 from keras_lowbit.cli.recipe import changed, read_recipe
 from keras_lowbit.progress import table
@@ -32,6 +33,7 @@ def train(config: str, flags) -> int:
     )
     out = Path(flags.out or Path("runs", recipe.name))
     verbose = 1 if sys.stdout.isatty() else 2
+    keep_memory()
     metrics = trainer.run_recipe(recipe, out, verbose=verbose, tune=flags.tune)
     print(f"Results: {out}")
     return FAILED if trainer.wrong_codes(metrics) else 0
@@ -102,8 +104,7 @@ def export(name: str, flags) -> int:
     options |= {"input_type": flags.input_type, "output_type": flags.output_type}
     result = tflite_export.convert(model, **options)
     if flags.verify_images:
-        images = _verification_images(result, data, flags.verify_images)
-        result = tflite_export.convert(model, **options, verify=images)
+        result = result.verified(_verification_images(result, data, flags.verify_images))
     print(result)
     if result.mismatches:
         print(f"error: {result.mismatches} wrong codes; {out} was not written", file=sys.stderr)

@@ -21,7 +21,7 @@ from keras_lowbit.cli import files, measure
 from keras_lowbit.cli.fitting import fit, read_history
 from keras_lowbit.cli.recipe import Recipe, changed
 from keras_lowbit.progress import table
-from keras_lowbit.transform import calibrate, quantize_model
+from keras_lowbit.transform import calibrate, quantize_model, snap_biases
 
 
 def run_recipe(
@@ -155,7 +155,8 @@ class _Run:
                     backup=backup if self.resume else None,
                     verbose=self.verbose,
                 )
-            files.save(model, path)
+            # Measured against its files below; a float model stays as it is.
+            files.save(snap_biases(model), path)
             return {"seconds": round(time.perf_counter() - started, 1)}
 
         self.stages.once(name, work, path)
@@ -169,21 +170,15 @@ class _Run:
         """The verified file; `None` where it is finished."""
         path = self.out / f"model_{weights}.tflite"
         export = self.recipe.export
-        images = None
         result = None
 
         def work():
-            nonlocal result, images
+            nonlocal result
+            result = self._converted(model, weights)
             if export.verify_images:
                 images = np.asarray(self.chosen.x_train[: export.verify_images])
-            kind = export.input_type or None
-            convert = {"target": export.target, "weights": weights, "input_type": kind}
-            convert["output_type"] = export.output_type
-            result = tflite_export.convert(model, **convert)
-            if images is not None:
                 tensor = result.graph.tensors[result.graph.inputs[0]]
-                images = measure.as_input(images, tensor.dtype)
-                result = tflite_export.convert(model, **convert, verify=images)
+                result = result.verified(measure.as_input(images, tensor.dtype))
             with files.replacing(path) as temporary:
                 temporary.write_bytes(result.content)
             return {
@@ -196,6 +191,16 @@ class _Run:
 
         self.stages.once(f"file_{weights}", work, path)
         return result
+
+    def _converted(self, model, weights):
+        export = self.recipe.export
+        return tflite_export.convert(
+            model,
+            target=export.target,
+            weights=weights,
+            input_type=export.input_type or None,
+            output_type=export.output_type,
+        )
 
     def _metrics(self, models, results, judged):
         """Accuracies on the images that judge, through models and files."""
@@ -240,14 +245,7 @@ class _Run:
     def _frozen(self, model, results, x, y):
         first, result = next(iter(results.items()))
         if result is None:
-            export = self.recipe.export
-            result = tflite_export.convert(
-                model,
-                target=export.target,
-                weights=first,
-                input_type=export.input_type or None,
-                output_type=export.output_type,
-            )
+            result = self._converted(model, first)
         answers = measure.keras_answers(result.frozen, x, what="measure the frozen model")
         return measure.score(answers, y)
 

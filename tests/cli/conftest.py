@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keras_lowbit import data
-from keras_lowbit.cli.main import main
+from keras_lowbit_cli.main import main
 
 
 @dataclasses.dataclass

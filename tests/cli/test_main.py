@@ -10,15 +10,15 @@ import pytest
 
 from keras_lowbit.callbacks.scale_guard import ScaleError
 from keras_lowbit.cli import handlers
-from keras_lowbit.cli.commands import COMMANDS
-from keras_lowbit.cli.main import one_line
+from keras_lowbit_cli.commands import COMMANDS
+from keras_lowbit_cli.main import one_line
 
 pytestmark = pytest.mark.once
 
 
 def program(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "keras_lowbit.cli", *map(str, arguments)],
+        [sys.executable, "-m", "keras_lowbit_cli", *map(str, arguments)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -31,6 +31,26 @@ def test_help_names_every_command(run):
     for command in COMMANDS.values():
         assert f"  {command.name} {command.argument}" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("train --help", 0),
+        ("export", 2),
+        ("export x --weights 3", 2),
+    ],
+)
+def test_help_and_flag_errors_need_no_keras(line, code):
+    """Keras takes seconds to import."""
+    check = "from keras_lowbit_cli.main import main; code = main(sys.argv[1:])"
+    check = f"import sys; {check}; print('keras' in sys.modules, code)"
+    done = subprocess.run(
+        [sys.executable, "-c", check, *line.split()], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == f"False {code}"
 
 
 def test_no_command_shows_the_help_and_fails(run):

@@ -107,7 +107,7 @@ class _Both(keras.callbacks.CallbackList):
 @pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_files(recipe, tmp_path):
     path = recipe(**DESCENT)
-    command = [sys.executable, "-m", "keras_lowbit.cli", "train", str(path)]
+    command = [sys.executable, "-m", "keras_lowbit_cli", "train", str(path)]
     for name in ("whole", "cut"):
         process = subprocess.Popen(
             [*command, f"--out={tmp_path / name}"], stdout=subprocess.PIPE, text=True

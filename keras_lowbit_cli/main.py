@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
+import re
 import sys
 import traceback
+from pathlib import Path
 
 from absl import app, flags
 
-from keras_lowbit.cli.commands import COMMANDS, help_of, overview
+from keras_lowbit_cli.commands import COMMANDS, help_of, overview
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 _DEBUG = "--debug"
@@ -18,12 +21,6 @@ _DEBUG = "--debug"
 
 def entry() -> None:
     """The program: `sys.argv` in, `SystemExit` out."""
-    wanted = _wanted_backend(sys.argv[1:])
-    loaded = sys.modules.get("keras")
-    if wanted and loaded and loaded.backend.backend() != wanted:
-        # Keras reads its backend once, and Python has imported the package above this module.
-        os.environ["KERAS_BACKEND"] = wanted
-        os.execv(sys.executable, [sys.executable, "-m", "keras_lowbit.cli", *sys.argv[1:]])
     # absl starts and ends the program; its own flags keep their defaults, ours are parsed below.
     app.run(
         lambda argv: main(argv[1:]),
@@ -56,9 +53,7 @@ def _run(argv):
         print(overview())
         return 0 if argv else BAD_INPUT
     if argv[0] == "--version":
-        from keras_lowbit import __version__
-
-        print(__version__)
+        print(_version())
         return 0
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
@@ -81,6 +76,12 @@ def _run(argv):
     return getattr(handlers, name)(positional[0], values)
 
 
+def _version():
+    """`keras_lowbit.__version__`, read from the file because importing it imports Keras."""
+    source = Path(importlib.util.find_spec("keras_lowbit").origin).read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)[1]
+
+
 def _choose_backend(wanted):
     """Set the backend before Keras is imported, or refuse another one afterwards."""
     if not wanted:
@@ -93,18 +94,6 @@ def _choose_backend(wanted):
         raise ValueError(
             f"--backend {wanted}: Keras runs on {keras.backend.backend()} in this process already"
         )
-
-
-def _wanted_backend(argv):
-    """The value of `--backend`, without parsing the rest; `None` where it is missing or odd."""
-    if not argv or argv[0] not in COMMANDS:
-        return None
-    values = COMMANDS[argv[0]].flags()
-    try:
-        values([argv[0], *argv[1:]])
-    except flags.Error:
-        return None
-    return values.backend
 
 
 def _nearest(name):
