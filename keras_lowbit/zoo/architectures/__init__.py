@@ -1,1 +1,1 @@
-"""Float architectures that Keras does not have, one family a file."""
+"""Float architectures, one family a file."""

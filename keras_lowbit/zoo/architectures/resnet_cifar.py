@@ -12,11 +12,12 @@ PIXEL_MEAN = tuple(255.0 * m for m in (0.485, 0.456, 0.406))
 PIXEL_DEVIATION = tuple(255.0 * d for d in (0.229, 0.224, 0.225))
 
 
-def resnet8(input_shape=(32, 32, 3), classes=10) -> keras.Model:
+def resnet8(input_shape=(32, 32, 3), classes=10, include_top=True) -> keras.Model:
     """ResNet-8 of the MLPerf Tiny benchmark; takes pixels 0..255; 78,666 parameters at 10 classes.
 
     Three residual blocks of 16, 32 and 64 filters; convolutions with biases; a 1x1 convolution on
-    the shortcut where the size changes. Ends in logits.
+    the shortcut where the size changes. Ends in logits, or with `include_top=False` in the pooled
+    features `(n, channels)` that the head would read.
 
     Reference:
         Banbury et al., MLPerf Tiny Benchmark, 2021, arXiv:2106.07597 (image classification).
@@ -41,25 +42,27 @@ def resnet8(input_shape=(32, 32, 3), classes=10) -> keras.Model:
         x = K.Add(name=f"block{i}_add")([x, y])
         x = K.ReLU(name=f"block{i}_relu2")(x)
     x = K.GlobalAveragePooling2D(name="pool")(x)
-    return keras.Model(inputs, K.Dense(classes, name="logits")(x), name="resnet8")
+    if include_top:
+        x = K.Dense(classes, name="logits")(x)
+    return keras.Model(inputs, x, name="resnet8")
 
 
-def resnet20(**options) -> keras.Model:
-    """ResNet-20: 272,474 parameters with batch-norm statistics left out (0.27 M in the paper)."""
-    return _resnet(3, "resnet20", **options)
+def resnet20(input_shape=(32, 32, 3), classes=10, include_top=True) -> keras.Model:
+    """ResNet-20: 269,722 parameters with batch-norm statistics left out (0.27 M in the paper)."""
+    return _resnet(3, "resnet20", input_shape, classes, include_top)
 
 
-def resnet32(**options) -> keras.Model:
+def resnet32(input_shape=(32, 32, 3), classes=10, include_top=True) -> keras.Model:
     """ResNet-32 (0.46 M parameters in the paper)."""
-    return _resnet(5, "resnet32", **options)
+    return _resnet(5, "resnet32", input_shape, classes, include_top)
 
 
-def resnet56(**options) -> keras.Model:
+def resnet56(input_shape=(32, 32, 3), classes=10, include_top=True) -> keras.Model:
     """ResNet-56 (0.85 M parameters in the paper)."""
-    return _resnet(9, "resnet56", **options)
+    return _resnet(9, "resnet56", input_shape, classes, include_top)
 
 
-def _resnet(blocks, name, input_shape=(32, 32, 3), classes=10) -> keras.Model:
+def _resnet(blocks, name, input_shape, classes, include_top) -> keras.Model:
     """Three groups of `blocks` residual blocks; shortcuts without parameters (option A).
 
     Takes pixels 0..255 and normalizes them inside. Convolutions of stride 2 pad by one on every
@@ -80,7 +83,9 @@ def _resnet(blocks, name, input_shape=(32, 32, 3), classes=10) -> keras.Model:
             strides = 2 if group > 1 and block == 0 else 1
             x = _basic_block(x, filters, strides, f"layer{group}_{block}")
     x = K.GlobalAveragePooling2D(name="pool")(x)
-    return keras.Model(inputs, K.Dense(classes, name="linear")(x), name=name)
+    if include_top:
+        x = K.Dense(classes, name="linear")(x)
+    return keras.Model(inputs, x, name=name)
 
 
 def _basic_block(x, filters, strides, name):

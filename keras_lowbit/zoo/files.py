@@ -1,0 +1,94 @@
+"""Where checkpoints of released models lie: in the package, in a cache, or at a URL."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from keras_lowbit.zoo import registry
+
+URL_VARIABLE = "KERAS_LOWBIT_URL"
+CACHE_VARIABLE = "KERAS_LOWBIT_CACHE"
+
+
+def find(entry: registry.Entry, *, url: str | None = None, cache: str | Path | None = None) -> Path:
+    """The checkpoint of a released model, its SHA-256 checked.
+
+    Looks in the package, then in the cache, then at `url`; a download goes to the cache and is
+    put in place only when it is complete and right.
+
+    Args:
+        entry: of `registry.info`.
+        url: base of checkpoints, `<url>/<name>.keras`; default: the environment variable
+            `KERAS_LOWBIT_URL`, else none.
+        cache: folder of downloads; default: `KERAS_LOWBIT_CACHE`, else `~/.cache/keras_lowbit`.
+
+    Raises:
+        ValueError: a file with another SHA-256 (it stays where it is), or a model that is not
+            shipped and no URL.
+        OSError: no network, or a folder that cannot be written; says so.
+    """
+    name = f"{entry.name}.keras"
+    folder = Path(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/keras_lowbit").expanduser()
+    for path in (registry.RELEASED / name, folder / name):
+        if path.is_file():
+            _check(path.read_bytes(), entry, path, "Remove it and load again")
+            return path
+    base = url or os.environ.get(URL_VARIABLE)
+    if not base:
+        raise ValueError(
+            f"{name} is neither in the package nor in {folder}. Put it there, or give the base "
+            f"of a URL: zoo.load({entry.name!r}, url=...) or {URL_VARIABLE}"
+        )
+    source = f"{base.rstrip('/')}/{name}"
+    content = _download(source)
+    _check(content, entry, source, "Nothing was kept; check the URL")
+    return _put(content, folder / name)
+
+
+def sha256(content: bytes) -> str:
+    """In hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _check(content, entry, place, advice):
+    found = sha256(content)
+    if found != entry.sha256:
+        raise ValueError(
+            f"{place}: SHA-256 is {found[:12]}..., expected {entry.sha256[:12]}...: the file is "
+            f"cut, damaged or of another version. {advice}"
+        )
+
+
+def _download(source):
+    try:
+        with urllib.request.urlopen(source, timeout=60) as response:
+            return response.read()
+    except (urllib.error.URLError, TimeoutError, ValueError) as error:
+        raise OSError(
+            f"Could not get {source}: {error}. Without a network, put the file into the cache "
+            f"folder (cache=, or {CACHE_VARIABLE})"
+        ) from error
+
+
+def _put(content, path):
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        reason = os.strerror(error.errno or errno.EIO)
+        raise OSError(
+            error.errno, f"{reason}; choose another folder (cache=, or {CACHE_VARIABLE})", str(path)
+        ) from error
+    return path
