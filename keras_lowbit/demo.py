@@ -102,6 +102,7 @@ def main(arguments=None) -> int:
     descent = klb.callbacks.BitDescent(plan, verbose=1)
     fit(quantized, dataset, epochs["descent"], 0.005, [descent], augment=not small)
     klb.reestimate_batchnorm(quantized, np.asarray(dataset.x_train[:1024]))
+    klb.snap_biases(quantized)
     quantized.save(OUT / "w4a4.keras")
 
     print("\n3. freeze, export, verify")

@@ -25,13 +25,14 @@ FLOORS = [
         "keras_lowbit.distillation",
         "keras_lowbit.packed",
     },
+    {"keras_lowbit.training", "keras_lowbit.tuning"},
     {"keras_lowbit.zoo", "tflite_export"},
     {"keras_lowbit.cli"},
-    {"keras_lowbit.demo"},
+    {"keras_lowbit.demo", "keras_lowbit_cli"},
 ]
 # The public names are gathered in the root, so it lies above the library and below its users.
 ROOT_MODULE = "keras_lowbit"
-ABOVE_THE_ROOT = ("tflite_export", "keras_lowbit.cli", "keras_lowbit.demo")
+ABOVE_THE_ROOT = ("tflite_export", "keras_lowbit.cli", "keras_lowbit.demo", "keras_lowbit_cli")
 BACKENDS = {"tensorflow", "jax", "torch"}
 BACKEND_FILES = ("keras_lowbit/numerics/backend_*.py",)
 LONGEST_FILE = 500
@@ -39,7 +40,7 @@ LONGEST_FILE = 500
 
 def sources():
     """Every Python file of the two packages, relative to the repository."""
-    tops = ("keras_lowbit", "tflite_export")
+    tops = ("keras_lowbit", "keras_lowbit_cli", "tflite_export")
     files = (file for top in tops for file in (ROOT / top).rglob("*.py"))
     return sorted(file.relative_to(ROOT).as_posix() for file in files)
 
@@ -79,7 +80,7 @@ def import_violation(path, name):
     if top in BACKENDS:
         allowed = any(fnmatch.fnmatch(path, pattern) for pattern in BACKEND_FILES)
         return None if allowed else f"{name}: this library speaks keras.ops only"
-    if top not in ("keras_lowbit", "tflite_export"):
+    if top not in ("keras_lowbit", "keras_lowbit_cli", "tflite_export"):
         return None
     module = module_name(path)
     here, there = room(module), room(name)

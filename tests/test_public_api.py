@@ -10,9 +10,14 @@ import tflite_export
 MODULES = (
     keras_lowbit,
     keras_lowbit.callbacks,
+    keras_lowbit.distillation,
     keras_lowbit.layers,
     keras_lowbit.quantizers,
+    keras_lowbit.regularizers,
+    keras_lowbit.training,
     keras_lowbit.transform,
+    keras_lowbit.tuning,
+    keras_lowbit.zoo,
     tflite_export,
 )
 
@@ -20,7 +25,7 @@ MODULES = (
 def signature(thing):
     if inspect.ismodule(thing) or (issubclass(type(thing), type) and issubclass(thing, Exception)):
         return ""
-    return str(inspect.signature(thing))
+    return str(inspect.signature(thing)) if callable(thing) else ""
 
 
 @pytest.mark.once
