@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 from pathlib import Path
@@ -15,16 +16,37 @@ from keras_lowbit import data as datasets
 from keras_lowbit import walk
 from keras_lowbit.callbacks import BitDescent, Resume, ScaleGuard
 from keras_lowbit.cli.files import write_text
+from keras_lowbit.cli.methods import (
+    STAGE_BATCHES,
+    Methods,
+    SnapLevels,
+    callbacks_of,
+    stages_of,
+)
+from keras_lowbit.distillation import MutualDistiller
+from keras_lowbit.training import CyclicTraining
 from keras_lowbit.transform import reestimate_batchnorm
 
 
-def fit(model, train, dataset, *, teacher=None, held_out=None, history, backup, verbose=1):
-    """Train in place as a section of a recipe says; a run killed before goes on.
+def fit(
+    model,
+    train,
+    dataset,
+    *,
+    methods=None,
+    teacher=None,
+    held_out=None,
+    history,
+    backup,
+    verbose=1,
+):
+    """Train in place as sections of a recipe say; a run killed before goes on.
 
     Args:
         model: float or quantized.
         train: `recipe.Train`.
         dataset: whose training images are used.
+        methods: `methods.Methods`; `None` for none.
         teacher: float model to distill from, where `train.distill` is above 0.
         held_out: data set whose `x_test, y_test` are measured after each epoch; `None` for none.
         history: CSV file of the epochs.
@@ -35,42 +57,73 @@ def fit(model, train, dataset, *, teacher=None, held_out=None, history, backup, 
         ValueError: fewer images than a batch; distillation from a model without logits.
         keras_lowbit.callbacks.scale_guard.ScaleError: a scale or a weight broke.
     """
+    methods = methods or Methods()
     batches = _batches(train, dataset)
     logits = ends_in_logits(model)
-    callbacks = [ScaleGuard(), HistoryFile(history), batches.follow_epochs()]
-    if train.bit_descent:
-        plan = {int(epoch): bits for epoch, bits in train.bit_descent.items()}
-        callbacks.append(BitDescent(plan, verbose=int(bool(verbose))))
-    if backup is not None:
-        # Kept: a kill after the last epoch and before the model is saved costs nothing.
-        callbacks.append(Resume(backup, keep=True))
+    images = np.asarray(dataset.x_train[: STAGE_BATCHES * train.batch_size])
     learner = model
     if train.distill and teacher is not None:
         if not logits:
             raise ValueError("distill needs a model that ends in logits; this one ends in softmax")
-        learner = distiller(teacher, model, train)
-    learner.compile(
-        optimizer=_optimizer(train, len(batches)),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=logits),
-        metrics=["accuracy"],
-        jit_compile=jit_compile_for(model, train.xla),
-    )
+        made = mutual_distiller if methods.mutual else distiller
+        learner = made(teacher, model, train)
     validation = None
     if held_out is not None:
         validation = datasets.Batches(held_out.x_test, held_out.y_test, train.batch_size)
-    learner.fit(
-        batches,
-        epochs=train.epochs,
-        validation_data=validation,
-        callbacks=callbacks,
-        verbose=verbose,
-        shuffle=False,
-    )
+    options = {"validation_data": validation, "verbose": verbose, "shuffle": False}
+    compile_options = {
+        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=logits),
+        "metrics": ["accuracy"],
+        "jit_compile": jit_compile_for(model, train.xla),
+    }
+
+    def watching(*_):
+        return [ScaleGuard(), HistoryFile(history), batches.follow_epochs()]
+
+    if methods.cycles:
+        _fit_cycles(
+            learner, batches, train, methods, watching, images, compile_options, backup, options
+        )
+    else:
+        callbacks = [*watching(), *callbacks_of(methods, train, images)]
+        if train.bit_descent:
+            plan = {int(epoch): bits for epoch, bits in train.bit_descent.items()}
+            callbacks.append(BitDescent(plan, verbose=int(bool(verbose))))
+        if methods.snap_epoch >= 0:
+            callbacks.append(SnapLevels(model, methods.snap_epoch))
+        if backup is not None:
+            # Kept: a kill after the last epoch and before the model is saved costs nothing.
+            callbacks.append(Resume(backup, keep=True))
+        learner.compile(optimizer=_optimizer(train, len(batches)), **compile_options)
+        learner.fit(batches, epochs=train.epochs, callbacks=callbacks, **options)
     if train.reestimate_batches:
         count = train.reestimate_batches * train.batch_size
         reestimate_batchnorm(
             model, np.asarray(dataset.x_train[:count]), batch_size=train.batch_size
         )
+
+
+def _fit_cycles(
+    learner, batches, train, methods, watching, images, compile_options, backup, options
+):
+    """Descents and what lies between them, each stage with a schedule of its own."""
+    plan, between = stages_of(methods, train)
+
+    def optimizer(visit):
+        stage = dataclasses.replace(train, epochs=visit.stage.epochs)
+        return _optimizer(stage, len(batches))
+
+    CyclicTraining(plan, methods.cycles, between, reestimate_batches=STAGE_BATCHES).fit(
+        learner,
+        batches,
+        optimizer=optimizer,
+        compile_options=compile_options,
+        callbacks=watching,
+        batch_norm_data=images,
+        batch_size=train.batch_size,
+        directory=backup,
+        **options,
+    )
 
 
 def _batches(train, dataset):
@@ -124,6 +177,17 @@ def distiller(teacher, student, train):
         student=student,
         distillation_losses=keras.distillation.LogitsDistillation(train.temperature, loss),
         student_loss_weight=1.0 - train.distill,
+    )
+
+
+def mutual_distiller(float_model, student, train):
+    """Both learn; the weights of the student's losses are those of `distiller`."""
+    return MutualDistiller(
+        float_model,
+        [student],
+        a_s=1.0 - train.distill,
+        b_s=train.distill,
+        temperature=train.temperature,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from keras_lowbit.cli.methods import Methods, check_methods
 from keras_lowbit.scheme import Scheme
 
 METHODS = ("mse", "minmax", "percentile")
@@ -50,6 +51,7 @@ class Quantize:
 
     `ends_bits`: bits of the first and the last layer, 0 to treat them like the others.
     `exceptions`: layer-name pattern to a scheme, or to `"float"` for a layer that stays float.
+    `kernel_options`, `activation_options`: more arguments of those quantizers.
     """
 
     scheme: str = "w8a8"
@@ -58,6 +60,8 @@ class Quantize:
     per_channel: bool = True
     ends_bits: int = 8
     exceptions: dict[str, str] = field(default_factory=dict)
+    kernel_options: dict[str, Any] = field(default_factory=dict)
+    activation_options: dict[str, Any] = field(default_factory=dict)
     calibration_images: int = 512
     method: str = "mse"
 
@@ -114,7 +118,7 @@ class Export:
 class Recipe:
     """A whole recipe; sections and keys are those of the TOML file.
 
-    `pretrain` is a `fit` of the float model, `train` one of the quantized model.
+    `pretrain` is a `fit` of the float model, `train` one of the quantized model, by `methods`.
     """
 
     name: str
@@ -123,6 +127,7 @@ class Recipe:
     pretrain: Train = Train()
     quantize: Quantize = Quantize()
     train: Train = Train()
+    methods: Methods = field(default_factory=Methods)
     export: Export = Export()
 
     @property
@@ -132,10 +137,14 @@ class Recipe:
         if not given.scheme:
             return None
         exceptions = {k: None if v == "float" else v for k, v in given.exceptions.items()}
+        named = Scheme.of(given.scheme)
         return dataclasses.replace(
-            Scheme.of(given.scheme),
-            kernel=given.kernel,
+            named,
+            # "wta8" names its quantizer; elsewhere the section's own key does.
+            kernel=given.kernel if named.kernel == Scheme.kernel else named.kernel,
             activation=given.activation,
+            kernel_options=given.kernel_options,
+            activation_options=given.activation_options,
             per_channel=given.per_channel,
             ends_bits=given.ends_bits or None,
             exceptions=exceptions,
@@ -148,6 +157,7 @@ _SECTIONS = {
     "pretrain": Train,
     "quantize": Quantize,
     "train": Train,
+    "methods": Methods,
     "export": Export,
 }
 
@@ -258,6 +268,7 @@ def checked(recipe: Recipe, path: str) -> Recipe:
         raise ValueError(f"{path} [train]: bit_descent needs a [quantize] scheme below 8 bits")
     if recipe.pretrain.bit_descent or recipe.pretrain.distill:
         raise ValueError(f"{path} [pretrain]: bit_descent and distill belong to [train]")
+    check_methods(recipe, f"{path} [methods]")
     return recipe
 
 

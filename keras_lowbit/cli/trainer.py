@@ -21,7 +21,7 @@ from keras_lowbit.cli import files, measure
 from keras_lowbit.cli.fitting import fit, read_history
 from keras_lowbit.cli.recipe import Recipe, changed
 from keras_lowbit.progress import table
-from keras_lowbit.transform import calibrate, quantize_model, snap_biases
+from keras_lowbit.transform import calibrate, quantize_model, snap_biases, snap_levels
 
 
 def run_recipe(
@@ -149,12 +149,15 @@ class _Run:
                     model,
                     train,
                     self.chosen,
+                    methods=self.recipe.methods if name == "model" else None,
                     teacher=teacher,
                     held_out=self.chosen if self.recipe.data.holdout else None,
                     history=self._history(name),
                     backup=backup if self.resume else None,
                     verbose=self.verbose,
                 )
+            if self.recipe.quantize.kernel == "levels" and name == "model":
+                snap_levels(model)
             # Measured against its files below; a float model stays as it is.
             files.save(snap_biases(model), path)
             return {"seconds": round(time.perf_counter() - started, 1)}
