@@ -15,6 +15,11 @@ from pathlib import Path
 
 from keras_lowbit.progress import table
 
+if __package__:
+    from tests.benchmarks import study_part
+else:
+    import study_part
+
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "docs" / "results"
 # What each figure has to reach, in percent, and where the bar comes from.
@@ -96,6 +101,7 @@ def page() -> str:
     mobile = KEPT / "mobilenet_v2_w8a8.json"
     if mobile.is_file():
         parts += mobile_part(json.loads(mobile.read_text()))
+    parts += study_part.part(KEPT / "study")
     return "\n".join(parts) + "\n"
 
 
