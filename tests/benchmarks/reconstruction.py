@@ -71,32 +71,46 @@ def run(scheme, model, even, odd, truth, wanted, given):
     return result
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_arguments(parser):
+    """What benchmarks on calibration images take."""
     for name in ("--images", "--weights"):
         parser.add_argument(name, required=True)
-    parser.add_argument("--schemes", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--calibration", type=int, default=40)
-    parser.add_argument("--folder")
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=int, help="so many images only")
     parser.add_argument("--out")
-    given = parser.parse_args()
+
+
+def read(given):
+    """`(folded float model, even images in -1..1, odd images, their classes, float logits)`."""
     with np.load(given.images) as stored:
         x, y = stored["x"][: given.limit], stored["y"][: given.limit]
     even, odd, truth = x[0::2].astype("float32") / 127.5 - 1, x[1::2], y[1::2]
     model = keras.applications.MobileNetV2(weights=None, classifier_activation=None)
     model.load_weights(given.weights)
     wanted = model.predict(odd.astype("float32") / 127.5 - 1, batch_size=20, verbose=0)
-    model = klb.fold_batchnorm(model)
+    return klb.fold_batchnorm(model), even, odd, truth, wanted
+
+
+def write(results, out):
+    """JSON, where a file is asked for."""
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--schemes", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--calibration", type=int, default=40)
+    parser.add_argument("--folder")
+    given = parser.parse_args()
+    model, even, odd, truth, wanted = read(given)
     results = []
     for scheme in given.schemes:
         results.append(run(scheme, model, even, odd, truth, wanted, given))
-        text = json.dumps(results, indent=1)
         print(json.dumps({k: v for k, v in results[-1].items() if k != "blocks"}, indent=1))
-        if given.out:
-            Path(given.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(given.out).write_text(text + "\n")
+        write(results, given.out)
 
 
 if __name__ == "__main__":
