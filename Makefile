@@ -19,7 +19,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-arm test-no-tensorflow test-old-runtime bench lint format clean
+.PHONY: help install demo test test-slow test-arm test-no-tensorflow test-old-runtime bench bench-peers lint format clean
 
 help:
 	@echo "make install             the virtual environment $(VENV) with the three backends"
@@ -29,7 +29,8 @@ help:
 	@echo "make test-arm            exported files in the aarch64 runtime, under qemu-user"
 	@echo "make test-no-tensorflow  quantize, train, export, verify where TensorFlow is not installed"
 	@echo "make test-old-runtime    exported files in tflite-runtime 2.14"
-	@echo "make bench               time of a training step against the float model"
+	@echo "make bench               time of a training step against the float model, and of methods"
+	@echo "make bench-peers         the same for other libraries, each in its environment (gigabytes)"
 	@echo "make lint | make format  ruff"
 
 install: $(STAMP)
@@ -100,6 +101,17 @@ bench: install
 	  PYTHONPATH=. KERAS_BACKEND=$$backend $(BIN)/python tests/benchmarks/training_step.py $(BENCH_ARGS) \
 	    || exit 1; \
 	done
+	@PYTHONPATH=. KERAS_BACKEND=$${KERAS_BACKEND:-torch} $(BIN)/python \
+	  tests/benchmarks/method_step.py $(METHOD_ARGS)
+	@PYTHONPATH=. KERAS_BACKEND=$${KERAS_BACKEND:-tensorflow} $(BIN)/python \
+	  tests/benchmarks/import_time.py
+	@PYTHONPATH=. KERAS_BACKEND=$${KERAS_BACKEND:-tensorflow} $(BIN)/python \
+	  tests/benchmarks/convert_cost.py
+
+# Other libraries, with pinned versions, in .venv-peers/<name>.
+bench-peers: install
+	@PYTHONPATH=. KERAS_BACKEND=$${KERAS_BACKEND:-tensorflow} $(BIN)/python \
+	  -m tests.benchmarks.peers.run $(PEERS_ARGS)
 
 lint: install
 	@$(BIN)/ruff check .
@@ -110,4 +122,4 @@ format: install
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(BARE) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BARE) .venv-peers build dist .pytest_cache .ruff_cache

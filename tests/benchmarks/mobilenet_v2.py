@@ -1,7 +1,8 @@
 """MobileNetV2 1.0 at 224 px, post-training w8a8, against another int8 file of the same weights.
 
-    python tests/benchmarks/mobilenet_v2.py --images imagenet.npz --weights float.weights.h5 \
-        [--peer peer.tflite] [--scheme w8a8] [--out docs/results/mobilenet_v2_w8a8.json]
+    PYTHONPATH=. python tests/benchmarks/mobilenet_v2.py --images imagenet.npz \
+        --weights float.weights.h5 [--peer peer.tflite] [--scheme w8a8] \
+        [--out docs/results/mobilenet_v2_w8a8.json]
 
 `--images`: an `.npz` with `x` (uint8, 224 px) and `y`. Even-numbered images calibrate, odd-numbered
 ones measure; everything is read from the exported file.
@@ -21,6 +22,7 @@ import numpy as np
 import keras_lowbit as klb
 import tflite_export
 from keras_lowbit.cli.measure import wilson
+from tests.benchmarks.convert_cost import convert_apart
 from tflite_export import runtime
 
 
@@ -66,7 +68,7 @@ def main():
     parser.add_argument("--calibration", type=int, default=100)
     parser.add_argument("--correction", type=int, default=32)
     parser.add_argument("--method", default="mse")
-    parser.add_argument("--out")
+    parser.add_argument("--json", "--out", dest="out")
     given = parser.parse_args()
     with np.load(given.images) as stored:
         x, y = stored["x"], stored["y"]
@@ -92,6 +94,7 @@ def main():
     export, result["convert_s"] = seconds(
         lambda: tflite_export.convert(quantized, input_type="uint8")
     )
+    result["convert_memory"] = convert_apart(quantized)
     got = logits_of(export.content, odd)
     right = int((got.argmax(-1) == truth).sum())
     result.update(

@@ -1,6 +1,7 @@
 """Time of one training step, quantized over float, alternating in one process.
 
-    KERAS_BACKEND=tensorflow python tests/benchmarks/training_step.py [--nets resnet20] [--rounds 7]
+    KERAS_BACKEND=tensorflow python tests/benchmarks/training_step.py [--nets resnet20]
+        [--rounds 7] [--json OUT]
 
 Prints absolute times and the ratio of the fastest quantized to the fastest float form. Medians of
 alternating steps; run it on an idle machine.
@@ -9,10 +10,8 @@ alternating steps; run it on an idle machine.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import platform
-import statistics
-import time
 from pathlib import Path
 
 import keras
@@ -20,6 +19,7 @@ import numpy as np
 
 import keras_lowbit as klb
 from keras_lowbit.progress import table
+from tests.benchmarks.clock import alternate, fastest, processor
 
 NETS = {"resnet20": ((32, 32, 3), 128), "mobilenet_v2": ((96, 96, 3), 16)}
 
@@ -32,14 +32,14 @@ def float_net(name):
     return klb.zoo.build(name, input_shape=shape)
 
 
-def forms(name, scheme):
+def forms(name, scheme, wanted):
     """`{label: compiled model}`; one that Keras compiles whole and one that it does not."""
     backend = keras.backend.backend()
     shape, _ = NETS[name]
     images = np.random.default_rng(0).integers(0, 256, (16, *shape)).astype("float32")
     choices = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}[backend]
     made = {}
-    for jit in choices:
+    for jit in choices if wanted == "all" else (wanted == "jit",):
         net = float_net(name)
         quantized = klb.calibrate(klb.quantize_model(net, scheme), images)
         for kind, model in (("float", net), (scheme, quantized)):
@@ -53,31 +53,17 @@ def forms(name, scheme):
     return made
 
 
-def measure(name, scheme, rounds):
+def measure(name, scheme, rounds, wanted):
     """Median seconds of a step by form."""
     shape, batch = NETS[name]
     random = np.random.default_rng(1)
     x = random.integers(0, 256, (batch, *shape)).astype("float32")
     y = random.integers(0, 10, batch)
-    models = forms(name, scheme)
-    times = {form: [] for form in models}
-    for i in range(rounds + 2):
-        for form, model in models.items():
-            start = time.perf_counter()
-            model.train_on_batch(x, y)
-            if i >= 2:  # the first compiles, the second warms up
-                times[form].append(time.perf_counter() - start)
-    return {form: statistics.median(found) for form, found in times.items()}
-
-
-def processor():
-    """Name of the processor."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    models = forms(name, scheme, wanted)
+    # `train_on_batch` returns numbers, so a step is done when it returns.
+    return alternate(
+        {form: functools.partial(m.train_on_batch, x, y) for form, m in models.items()}, rounds
+    )
 
 
 def main():
@@ -85,13 +71,14 @@ def main():
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--scheme", default="w4a4")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out")
+    parser.add_argument("--forms", default="all", choices=("all", "plain", "jit"))
+    parser.add_argument("--json", "--out", dest="json")
     given = parser.parse_args()
     backend = keras.backend.backend()
     rows, kept = [], {}
     for name in given.nets:
-        found = measure(name, given.scheme, given.rounds)
-        best = {k: min(t for (kind, _), t in found.items() if kind == k) for k, _ in found}
+        found = measure(name, given.scheme, given.rounds, given.forms)
+        best = fastest(found)
         ratio = best["float"] / best[given.scheme]
         for (kind, form), seconds in found.items():
             rows.append(
@@ -101,9 +88,9 @@ def main():
         kept[name] = {f"{k} {f}": s for (k, f), s in found.items()} | {"ratio": ratio}
     title = f"one training step on {backend}, {processor()}"
     print(table(title, ("net", "model", "form", "ms", "images/s"), rows))
-    if given.out:
+    if given.json:
         kept |= {"backend": backend, "processor": processor(), "scheme": given.scheme}
-        Path(given.out).write_text(json.dumps(kept, indent=1) + "\n")
+        Path(given.json).write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Write `docs/results.md` from measurements.
 
-    python tests/benchmarks/write_results.py [RUN_FOLDER ...]
+    PYTHONPATH=. python tests/benchmarks/write_results.py [RUN_FOLDER ...]
 
 Each run folder is one of `keras-lowbit train`; its `metrics.json` is kept in `docs/results/`
 (file names only, no paths). The page is then written from everything that lies there; no figure in
@@ -14,11 +14,7 @@ import sys
 from pathlib import Path
 
 from keras_lowbit.progress import table
-
-if __package__:
-    from tests.benchmarks import study_part
-else:
-    import study_part
+from tests.benchmarks import cost_parts, mobile_parts, study_part
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "docs" / "results"
@@ -43,11 +39,6 @@ def keep(folder: Path) -> None:
     target.write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
 
 
-def percent(scored):
-    low, high = scored["interval"]
-    return f"{scored['accuracy']:.2%} ({low:.1%}-{high:.1%})"
-
-
 def recipe_rows():
     for path in sorted(KEPT.glob("*_cifar10_*.json")):
         metrics = json.loads(path.read_text())
@@ -65,7 +56,7 @@ def recipe_rows():
                 epochs,
                 f"{accuracy['float']['accuracy']:.2%}",
                 f"{accuracy['quantized']['accuracy']:.2%}",
-                percent(accuracy[weights]),
+                mobile_parts.percent(accuracy[weights]),
                 f"{accuracy[weights]['agreement']:.2%}",
                 f"{file['bytes']:,}",
                 f"{file['wrong_codes']} of {file['compared_codes']:,}",
@@ -98,41 +89,18 @@ def page() -> str:
         table("", columns, list(recipe_rows())).strip(),
         "",
     ]
-    mobile = KEPT / "mobilenet_v2_w8a8.json"
-    if mobile.is_file():
-        parts += mobile_part(json.loads(mobile.read_text()))
+    for name, part in mobile_parts.PARTS.items():
+        parts += _from_file(name, part)
     parts += study_part.part(KEPT / "study")
+    for name, part in cost_parts.PARTS.items():
+        parts += _from_file(name, part)
     return "\n".join(parts) + "\n"
 
 
-def mobile_part(found):
-    """MobileNetV2 against the peer's file."""
-
-    def peer(key):
-        return f"{found[f'peer_{key}']:.1%}" if f"peer_{key}" in found else ""
-
-    rows = [
-        ("top-1 agreement with float", f"{found['agreement']:.1%}", peer("agreement")),
-        ("logit signal-to-noise ratio", f"{found['snr_db']:.1f} dB", ""),
-        (f"accuracy (float {found['float_accuracy']:.1%})", percent(found), peer("accuracy")),
-        ("wrong codes, 4 images", found["wrong_codes"], ""),
-        ("bytes, same ends", found.get("same_ends_bytes", ""), found.get("peer_bytes", "")),
-        ("convert, seconds", found["convert_s"], ""),
-    ]
-    if "latency" in found:
-        ratio = found["latency"]
-        times = (f"{ratio['ours_ms']:.2f} ms", f"{ratio['theirs_ms']:.2f} ms")
-        rows.append((f"latency, ratio {ratio['ratio']:.3f}", *times))
-    return [
-        "## MobileNetV2 1.0 at 224 px, post-training w8a8\n",
-        "`python tests/benchmarks/mobilenet_v2.py --images X.npz --weights FLOAT.weights.h5`",
-        "`--peer PEER.tflite --out docs/results/mobilenet_v2_w8a8.json`; calibrated on",
-        f"even-numbered images, measured on the {found['images']} odd-numbered ones through the",
-        "exported file.",
-        "The peer is Google's int8 file of the same weights.\n",
-        table("", ("", "this library", "peer"), rows).strip(),
-        "",
-    ]
+def _from_file(name, part):
+    """What is written from `docs/results/<name>.json`; nothing where it was not measured."""
+    found = KEPT / f"{name}.json"
+    return part(json.loads(found.read_text())) if found.is_file() else []
 
 
 def main():

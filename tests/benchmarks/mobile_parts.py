@@ -1,0 +1,123 @@
+"""Parts of `docs/results.md` about MobileNetV2 on calibration images."""
+
+from __future__ import annotations
+
+from keras_lowbit.progress import table
+
+# Least agreement in percent and signal-to-noise ratio in dB after reconstruction.
+RECONSTRUCTION_BARS = {"w8a8": (99, 20), "w4a8": (90, None), "w4a4": (77, None)}
+
+
+def percent(scored):
+    """Accuracy with its interval."""
+    low, high = scored["interval"]
+    return f"{scored['accuracy']:.2%} ({low:.1%}-{high:.1%})"
+
+
+def mobile_part(found):
+    """MobileNetV2 against the peer's file."""
+
+    def peer(key):
+        return f"{found[f'peer_{key}']:.1%}" if f"peer_{key}" in found else ""
+
+    rows = [
+        ("top-1 agreement with float", f"{found['agreement']:.1%}", peer("agreement")),
+        ("logit signal-to-noise ratio", f"{found['snr_db']:.1f} dB", ""),
+        (f"accuracy (float {found['float_accuracy']:.1%})", percent(found), peer("accuracy")),
+        ("wrong codes, 4 images", found["wrong_codes"], ""),
+        ("bytes, same ends", found.get("same_ends_bytes", ""), found.get("peer_bytes", "")),
+        ("convert, seconds", found["convert_s"], ""),
+    ]
+    if "convert_memory" in found:
+        rows.append(("convert, MiB at the peak", found["convert_memory"]["added_mib"], ""))
+    if "latency" in found:
+        ratio = found["latency"]
+        times = (f"{ratio['ours_ms']:.2f} ms", f"{ratio['theirs_ms']:.2f} ms")
+        rows.append((f"latency, ratio {ratio['ratio']:.3f}", *times))
+    return [
+        "## MobileNetV2 1.0 at 224 px, post-training w8a8\n",
+        "`python tests/benchmarks/mobilenet_v2.py --images X.npz --weights FLOAT.weights.h5`",
+        "`--peer PEER.tflite --out docs/results/mobilenet_v2_w8a8.json`; calibrated on",
+        f"even-numbered images, measured on the {found['images']} odd-numbered ones through the",
+        "exported file.",
+        "The peer is Google's int8 file of the same weights.\n",
+        table("", ("", "this library", "peer"), rows).strip(),
+        "",
+    ]
+
+
+def reconstruction_part(found):
+    """Block reconstruction, a row before and one after for each scheme."""
+    rows = []
+    for run in found:
+        bar, decibels = RECONSTRUCTION_BARS.get(run["scheme"], (None, None))
+        for stage in ("calibrated", "reconstructed"):
+            of = run[stage]
+            after = stage == "reconstructed"
+            reached = ""
+            if after and bar is not None:
+                enough = 100 * of["agreement"] >= bar and of["snr_db"] >= (decibels or -100)
+                reached = "yes" if enough else "NO"
+            shown = "" if bar is None else f"{bar} %" + (f", {decibels} dB" if decibels else "")
+            rows.append(
+                (
+                    f"{run['scheme']} {stage}",
+                    run["steps"] if after else "",
+                    f"{of['agreement']:.1%}",
+                    f"{of['snr_db']:.1f} dB",
+                    percent(of),
+                    of.get("wrong_codes", ""),
+                    f"{run['reconstruct_s'] / 60:.0f}" if after else "",
+                    shown if after else "",
+                    reached,
+                )
+            )
+    columns = (
+        "",
+        "steps a block",
+        "agreement",
+        "logit SNR",
+        f"accuracy (float {found[0]['float_accuracy']:.1%})",
+        "wrong codes",
+        "minutes",
+        "bar",
+        "reached",
+    )
+    return [
+        "## Block reconstruction of MobileNetV2, without labels\n",
+        "`python tests/benchmarks/reconstruction.py --images X.npz --weights FLOAT.weights.h5`",
+        "`--out docs/results/mobilenet_v2_reconstruction.json`; tuned on even-numbered images,",
+        f"measured on the {found[0]['images']} odd-numbered ones through the exported file.\n",
+        table("", columns, rows).strip(),
+        "",
+    ]
+
+
+def thresholds_part(found):
+    """The ladder of trained thresholds."""
+    rows = [
+        (
+            row["rung"],
+            f"{row['agreement']:.1%}",
+            f"{row['snr_db']:.1f} dB",
+            percent(row),
+            row.get("wrong_codes", ""),
+        )
+        for row in found
+    ]
+    columns = ("w8a8", "agreement", "logit SNR", "accuracy", "wrong codes")
+    return [
+        "## Trained thresholds on MobileNetV2, without labels\n",
+        "`python tests/benchmarks/thresholds.py --images X.npz --weights FLOAT.weights.h5`",
+        "`--out docs/results/mobilenet_v2_thresholds.json`; images as above.\n",
+        table("", columns, rows).strip(),
+        "",
+    ]
+
+
+# File of `docs/results/` to what is written from it.
+PARTS = {
+    "mobilenet_v2_w8a8": mobile_part,
+    "mobilenet_v2_reconstruction": reconstruction_part,
+    "mobilenet_v2_thresholds": thresholds_part,
+}
