@@ -7,7 +7,7 @@ import importlib
 
 # Whatever a saved model may hold is imported, so that Keras can load it; the rest comes when asked
 # for, because all of it together takes longer to import than it should.
-from keras_lowbit import data, layers, packed, quantizers, regularizers  # noqa: F401
+from keras_lowbit import data, layers, optimizers, packed, quantizers, regularizers  # noqa: F401
 from keras_lowbit.integer import integer_op as _registered  # noqa: F401
 
 _MODULES = ("analysis", "callbacks", "distillation", "training", "transform", "tuning", "zoo")
@@ -43,6 +43,7 @@ __all__ = [
     "freeze",
     "integer_weights",
     "layers",
+    "optimizers",
     "quantize_model",
     "quantizers",
     "reconstruct",

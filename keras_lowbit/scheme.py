@@ -14,6 +14,8 @@ from keras_lowbit.numerics.grid import check_bits
 
 _SHORT = re.compile(r"w(?P<kernel>\d+|t)a(?P<activation>\d+)")
 TERNARY, TERNARY_BITS = "ternary", 2
+_SIGN = "sign"
+BINARY_ACTIVATIONS = ("heaviside", _SIGN)
 # Quantizers of few levels; layers that keep 8 bits beside them take this one.
 _FEW_LEVELS, _BESIDE = (TERNARY, "levels"), "lsq"
 
@@ -77,6 +79,9 @@ class Scheme:
         kernel_options: more arguments of the quantizers that `kernel` names, such as
             `{"gradient": "sigmoid"}`.
         activation_options: likewise for `activation`.
+        binary_activation: what 1-bit activations are: `"heaviside"`, codes 0 and 1 of
+            `activation`, or `"sign"`, -1 and 1 (`quantizers.Sign`), for tensors with negative
+            values.
 
     Raises:
         ValueError: bits out of range, an unknown key or a malformed string.
@@ -91,6 +96,7 @@ class Scheme:
     exceptions: Mapping[str, str | None] = field(default_factory=dict)
     kernel_options: Mapping[str, Any] = field(default_factory=dict)
     activation_options: Mapping[str, Any] = field(default_factory=dict)
+    binary_activation: str = "heaviside"
 
     def __post_init__(self):
         if self.kernel == TERNARY:
@@ -106,6 +112,26 @@ class Scheme:
         for widths in self.exceptions.values():
             if widths is not None:
                 Widths.parse(widths)
+        self._check_binary_activation()
+
+    def _check_binary_activation(self):
+        if self.binary_activation not in BINARY_ACTIVATIONS:
+            raise ValueError(
+                f"Scheme: binary_activation must be one of {BINARY_ACTIVATIONS}. "
+                f"Got {self.binary_activation!r}"
+            )
+        if self.activation == _SIGN:
+            raise ValueError(
+                "Scheme: signs are for 1-bit activations only, and the ends and sums of a model "
+                "have 8 bits. Leave activation out, and give activation_bits=1 and "
+                "binary_activation='sign'"
+            )
+        named = [Widths.parse(w).activation_bits for w in self.exceptions.values() if w is not None]
+        if self.binary_activation == _SIGN and 1 not in (self.activation_bits, *named):
+            raise ValueError(
+                "Scheme: binary_activation='sign' needs activations of 1 bit. Got "
+                f"activation_bits={self.activation_bits}; take 'w1a1', or leave it out"
+            )
 
     @classmethod
     def of(cls, given) -> Scheme:
@@ -154,6 +180,12 @@ class Scheme:
                 if chosen is not None and chosen.kernel is None and self.kernel == TERNARY:
                     chosen = dataclasses.replace(chosen, kernel=_BESIDE)
         return chosen
+
+    def activation_of(self, bits: int) -> tuple[str, Mapping[str, Any]]:
+        """Name and options of the quantizer of activations at `bits`."""
+        if bits == 1 and self.binary_activation == _SIGN:
+            return _SIGN, {}
+        return self.activation, self.activation_options
 
     def unused_exceptions(self, layer_names) -> list[str]:
         """Patterns that match none of `layer_names`."""

@@ -12,6 +12,7 @@ MODULES = (
     keras_lowbit.callbacks,
     keras_lowbit.distillation,
     keras_lowbit.layers,
+    keras_lowbit.optimizers,
     keras_lowbit.quantizers,
     keras_lowbit.regularizers,
     keras_lowbit.training,

@@ -106,3 +106,21 @@ def test_ends_beside_learned_levels_are_uniform():
     scheme = Scheme(2, 4, kernel="levels")
     assert scheme.widths("stem", is_end=True) == Widths(8, 8, "lsq")
     assert scheme.widths("conv", is_end=False) == Widths(2, 4)
+
+
+def test_binary_activations_are_signs_where_asked_for():
+    scheme = Scheme(1, 1, binary_activation="sign", activation_options={"max_value": 4.0})
+    assert scheme.activation_of(1) == ("sign", {})
+    assert scheme.activation_of(8) == ("lsq", {"max_value": 4.0})
+    assert Scheme.of("w1a1").activation_of(1) == ("lsq", {})
+    few = Scheme(4, 4, binary_activation="sign", exceptions={"block*": "w1a1"})
+    assert few.activation_of(4) == ("lsq", {})
+
+
+def test_signs_without_one_bit_are_refused():
+    with pytest.raises(ValueError, match=r"binary_activation must be one of .* Got 'signs'"):
+        Scheme(1, 1, binary_activation="signs")
+    with pytest.raises(ValueError, match=r"'sign' needs activations of 1 bit.* activation_bits=4"):
+        Scheme(1, 4, binary_activation="sign")
+    with pytest.raises(ValueError, match=r"1-bit activations only.* binary_activation='sign'"):
+        Scheme(1, 1, activation="sign")

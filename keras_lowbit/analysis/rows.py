@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.analysis.floats import why_float
@@ -183,7 +182,7 @@ def _quantizers(layer):
 
 
 def _is_calibrated(quantizer):
-    return quantizer is None or bool(float(ops.convert_to_numpy(quantizer.calibrated)))
+    return quantizer is None or quantizer.is_calibrated
 
 
 def _size(variable):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
@@ -14,6 +15,7 @@ from keras import ops
 from keras_lowbit.callbacks.sites import checked_count
 
 _SEEDS = "seeds.npz"
+_STATE = "state_{}.npz"
 _SNAPSHOT = re.compile(r"epoch_(\d{6})")
 
 
@@ -30,6 +32,8 @@ class Resume(keras.callbacks.Callback):
     * A snapshot is written under another name and renamed when complete. In place, a kill between
       the two files of Keras leaves new weights beside the old epoch's number, and an epoch is
       trained twice.
+    * The epoch to go on with is that of one `fit`; Keras leaves it in the model, where it overrules
+      the `initial_epoch` of every later one.
     * States of `keras.random.SeedGenerator` (dropout), which weights files leave out. PyTorch's own
       generator, which dropout uses there, is not among them.
 
@@ -42,13 +46,29 @@ class Resume(keras.callbacks.Callback):
         every: epochs between two snapshots.
         keep: leave the last snapshot when training ends well; by default the directory's
             snapshots are removed then.
+        also: callbacks of the same `fit` that count, `FreezeOscillating`: they have `get_state()`,
+            a dict of arrays, and `set_state(arrays)`. Those that follow from the epoch need none.
 
     Raises:
-        ValueError: `every` below 1, or `directory` is a file.
+        ValueError: `every` below 1, `directory` is a file, or something in `also` has no state;
+            when training starts, a snapshot that was taken without one of `also`.
     """
 
-    def __init__(self, directory: str | os.PathLike, every: int = 1, keep: bool = False):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        every: int = 1,
+        keep: bool = False,
+        *,
+        also: Sequence[keras.callbacks.Callback] = (),
+    ):
         super().__init__()
+        for callback in also:
+            if not hasattr(callback, "get_state"):
+                raise ValueError(
+                    f"Resume: {type(callback).__name__} has no get_state(): leave it out of also"
+                )
+        self.also = tuple(also)
         self.directory = Path(directory)
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"Resume: {directory} is a file; give a directory")
@@ -64,6 +84,19 @@ class Resume(keras.callbacks.Callback):
         with np.load(found[-1] / _SEEDS) as seeds:
             for state, name in zip(self._seed_states(), sorted(seeds.files), strict=True):
                 state.assign(seeds[name])
+        for i, callback in enumerate(self.also):
+            file = found[-1] / _STATE.format(i)
+            if not file.exists():
+                raise ValueError(
+                    f"Resume: {found[-1]} holds no state of {type(callback).__name__}: it was "
+                    "taken without it in also. Start afresh with an empty directory"
+                )
+            with np.load(file) as state:
+                callback.set_state(dict(state))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Keras has read where to begin; forgotten now, it is also when `fit` is interrupted."""
+        forget_initial_epoch(self._model)
 
     def on_epoch_end(self, epoch, logs=None):
         """Take a snapshot."""
@@ -72,6 +105,7 @@ class Resume(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """Remove the snapshots of a run that came to its end."""
+        forget_initial_epoch(self._model)  # no epoch began where all were done before
         if not self.keep:
             for snapshot in self._snapshots():
                 shutil.rmtree(snapshot)
@@ -84,6 +118,8 @@ class Resume(keras.callbacks.Callback):
         self._keras_backup(unfinished).on_epoch_end(epoch)
         states = [ops.convert_to_numpy(state) for state in self._seed_states()]
         np.savez(unfinished / _SEEDS, **{f"{i:06d}": state for i, state in enumerate(states)})
+        for i, callback in enumerate(self.also):
+            np.savez(unfinished / _STATE.format(i), **callback.get_state())
         os.replace(unfinished, final)
         for older in self._snapshots()[:-1]:
             shutil.rmtree(older)
@@ -103,3 +139,12 @@ class Resume(keras.callbacks.Callback):
         model = self.model
         weights = {id(v) for v in model.weights}
         return [v for v in model.variables if id(v) not in weights]
+
+
+def forget_initial_epoch(model: keras.Model) -> None:
+    """Let the next `fit` begin where its own `initial_epoch` says.
+
+    `keras.callbacks.BackupAndRestore` writes the epoch to go on with into the model, `fit` prefers
+    it to its argument, and nothing takes it out again.
+    """
+    model._initial_epoch = None

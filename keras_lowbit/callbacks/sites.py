@@ -1,7 +1,8 @@
-"""Where a model keeps its quantizers, and the checks that the callbacks' arguments share."""
+"""Where a model keeps its quantizers, and the checks and the ramp that callbacks share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,12 +37,16 @@ def sites_of(model: keras.Model) -> list[Site]:
     """Every quantizer of a model once, in the order of its layers."""
     found: dict[int, Site] = {}
     for name, layer in layers_of(model):
-        # `dir`, not `vars`: on PyTorch Keras keeps sublayers outside of an object's `__dict__`.
-        for argument in (a for a in dir(layer) if a.endswith("quantizer")):
-            quantizer = getattr(layer, argument)
-            if isinstance(quantizer, Quantizer):
-                found.setdefault(id(quantizer), Site(name, layer, argument, quantizer))
+        for argument, quantizer in quantizers_of(layer):
+            found.setdefault(id(quantizer), Site(name, layer, argument, quantizer))
     return list(found.values())
+
+
+def quantizers_of(layer: keras.layers.Layer) -> list[tuple[str, Quantizer]]:
+    """Arguments and quantizers of one layer."""
+    # `dir`, not `vars`: on PyTorch Keras keeps sublayers outside of an object's `__dict__`.
+    held = ((name, getattr(layer, name)) for name in dir(layer) if name.endswith("quantizer"))
+    return [(name, one) for name, one in held if isinstance(one, Quantizer)]
 
 
 def checked_count(value, *, who: str, least: int) -> int:
@@ -49,3 +54,8 @@ def checked_count(value, *, who: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{who} must be a whole number of at least {least}. Got {value!r}")
     return value
+
+
+def half_cosine(share: float) -> float:
+    """A ramp without corners: 0 at the share 0 of a schedule and before, 1 at 1 and after."""
+    return 0.5 * (1.0 - math.cos(math.pi * min(max(share, 0.0), 1.0)))

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_lowbit import walk
-from keras_lowbit.callbacks.sites import checked_count
+from keras_lowbit.callbacks.sites import checked_count, quantizers_of
 from keras_lowbit.callbacks.switches import add_switches
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.quantizers import Quantizer
@@ -150,7 +150,7 @@ def units_of(model: keras.Model, unit: str = "block") -> list[list[Quantizer]]:
         last = "add" if adds and unit == "block" else "product"
         current: list[Quantizer] = []
         for call in program.calls:
-            for quantizer in _quantizers_of(call.operation):
+            for _, quantizer in quantizers_of(call.operation):
                 if id(quantizer) not in known:
                     known.add(id(quantizer))
                     current.append(quantizer)
@@ -168,8 +168,3 @@ def _programs(model):
     except ValueError:
         inner = (layer for layer in model.layers if isinstance(layer, keras.Model))
         return [program for one in inner for program in _programs(one)]
-
-
-def _quantizers_of(layer) -> list[Quantizer]:
-    held = (getattr(layer, name) for name in dir(layer) if name.endswith("quantizer"))
-    return [quantizer for quantizer in held if isinstance(quantizer, Quantizer)]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.callbacks.sites import checked_count, layers_of
-from keras_lowbit.callbacks.switches import add_switches, models_of
-from keras_lowbit.layers.packed_kernels import kernels
+from keras_lowbit.callbacks.penalties import attach_penalties, kernels_of
+from keras_lowbit.callbacks.sites import checked_count, half_cosine
+from keras_lowbit.callbacks.switches import add_switches
 from keras_lowbit.quantizers import Ternary
 from keras_lowbit.regularizers import CosineTernaryRegularizer
 from keras_lowbit.transform.reestimate import reestimate_batchnorm
@@ -42,28 +40,15 @@ def attach_cosine(model: keras.Model, strength: float = 1.0) -> dict[str, Cosine
         )
     if not strength >= 0:
         raise ValueError(f"attach_cosine: strength must be at least 0. Got {strength!r}")
-    attached = {}
-    new = False
-    for name, kernel in found.items():
+    for kernel in found.values():
         kernel.quantizer.pull.assign(float(strength))
-        known = kernel.latent.regularizer
-        mine = isinstance(known, CosineTernaryRegularizer)
-        if not mine or known.strength is not kernel.quantizer.pull:
-            if known is not None and not mine:
-                raise ValueError(
-                    f"{name}: its kernel has the regularizer {known}; a kernel takes one. Remove "
-                    "it from the float model, and let the optimizer decay weights"
-                )
-            kernel.latent.regularizer = CosineTernaryRegularizer(
-                kernel.quantizer.pull, kernel.quantizer.axis, projection=kernel.quantizer.project
-            )
-            new = True
-        attached[name] = kernel.latent.regularizer
-    if new:
-        # Steps compiled before do not know the penalty.
-        for inner in models_of(model):
-            inner.train_function = inner.test_function = None
-    return attached
+    penalties = {
+        name: CosineTernaryRegularizer(
+            kernel.quantizer.pull, kernel.quantizer.axis, projection=kernel.quantizer.project
+        )
+        for name, kernel in found.items()
+    }
+    return attach_penalties(model, found, penalties)
 
 
 class TernaryPhases(keras.callbacks.Callback):
@@ -151,14 +136,14 @@ class TernaryPhases(keras.callbacks.Callback):
         """Lambda of an epoch."""
         if epoch >= self.switch_epoch:
             return self.keep * self.strength
-        return self.strength * _half_cosine((epoch + 1) / self.switch_epoch)
+        return self.strength * half_cosine((epoch + 1) / self.switch_epoch)
 
     def temperature_at(self, epoch: int, epochs: int) -> float:
         """Temperature of an epoch of a `fit` that ends at `epochs`."""
         first, last = self.temperature
         steps = epochs - self.switch_epoch - 1
         passed = max(epoch - self.switch_epoch, 0) / steps if steps > 0 else 1.0
-        return first + (last - first) * _half_cosine(passed)
+        return first + (last - first) * half_cosine(passed)
 
     def on_epoch_begin(self, epoch, logs=None):
         """Set lambda, temperature and phase."""
@@ -198,13 +183,7 @@ class TernaryPhases(keras.callbacks.Callback):
 
 def _ternary_kernels(model):
     return {
-        f"{name}/{kernel.part}" if kernel.part else name: kernel
-        for name, layer in layers_of(model)
-        for kernel in kernels(layer)
+        name: kernel
+        for name, kernel in kernels_of(model).items()
         if isinstance(kernel.quantizer, Ternary)
     }
-
-
-def _half_cosine(share):
-    """0 at 0, 1 at 1."""
-    return 0.5 * (1.0 - math.cos(math.pi * min(max(share, 0.0), 1.0)))

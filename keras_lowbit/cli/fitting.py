@@ -24,7 +24,7 @@ from keras_lowbit.cli.methods import (
     stages_of,
 )
 from keras_lowbit.distillation import MutualDistiller
-from keras_lowbit.training import CyclicTraining
+from keras_lowbit.training import CyclicTraining, exclude_from_weight_decay
 from keras_lowbit.transform import reestimate_batchnorm
 
 
@@ -94,7 +94,7 @@ def fit(
         if backup is not None:
             # Kept: a kill after the last epoch and before the model is saved costs nothing.
             callbacks.append(Resume(backup, keep=True))
-        learner.compile(optimizer=_optimizer(train, len(batches)), **compile_options)
+        learner.compile(optimizer=_optimizer(train, len(batches), learner), **compile_options)
         learner.fit(batches, epochs=train.epochs, callbacks=callbacks, **options)
     if train.reestimate_batches:
         count = train.reestimate_batches * train.batch_size
@@ -111,7 +111,7 @@ def _fit_cycles(
 
     def optimizer(visit):
         stage = dataclasses.replace(train, epochs=visit.stage.epochs)
-        return _optimizer(stage, len(batches))
+        return _optimizer(stage, len(batches), learner)
 
     CyclicTraining(plan, methods.cycles, between, reestimate_batches=STAGE_BATCHES).fit(
         learner,
@@ -139,7 +139,7 @@ def _batches(train, dataset):
     )
 
 
-def _optimizer(train, epoch_steps):
+def _optimizer(train, epoch_steps, learner):
     optimizer = keras.optimizers.SGD(
         cosine(train, epoch_steps * train.epochs, epoch_steps),
         momentum=train.momentum,
@@ -147,10 +147,7 @@ def _optimizer(train, epoch_steps):
         weight_decay=train.weight_decay or None,
         global_clipnorm=train.clipnorm or None,
     )
-    if train.weight_decay:
-        # Scales and batch norm keep their size: decay would only fight what they fit.
-        optimizer.exclude_from_weight_decay(var_names=["scale", "gamma", "beta", "bias"])
-    return optimizer
+    return exclude_from_weight_decay(optimizer, learner) if train.weight_decay else optimizer
 
 
 def cosine(train, steps, epoch_steps):

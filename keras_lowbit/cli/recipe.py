@@ -51,6 +51,7 @@ class Quantize:
 
     `ends_bits`: bits of the first and the last layer, 0 to treat them like the others.
     `exceptions`: layer-name pattern to a scheme, or to `"float"` for a layer that stays float.
+    `binary_activation`: what 1-bit activations are, `"heaviside"` or `"sign"`.
     `kernel_options`, `activation_options`: more arguments of those quantizers.
     """
 
@@ -60,6 +61,7 @@ class Quantize:
     per_channel: bool = True
     ends_bits: int = 8
     exceptions: dict[str, str] = field(default_factory=dict)
+    binary_activation: str = Scheme.binary_activation
     kernel_options: dict[str, Any] = field(default_factory=dict)
     activation_options: dict[str, Any] = field(default_factory=dict)
     calibration_images: int = 512
@@ -143,6 +145,7 @@ class Recipe:
             # "wta8" names its quantizer; elsewhere the section's own key does.
             kernel=given.kernel if named.kernel == Scheme.kernel else named.kernel,
             activation=given.activation,
+            binary_activation=given.binary_activation,
             kernel_options=given.kernel_options,
             activation_options=given.activation_options,
             per_channel=given.per_channel,

@@ -18,6 +18,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.integer import graph as ir
+from keras_lowbit.integer import signs
 from keras_lowbit.numerics.grid import Grid
 
 LARGEST_BIAS = 2**30
@@ -204,13 +205,15 @@ class Emitter:
         """The tensor of `value` on `grid`; the same value on the same grid is computed once."""
         if isinstance(value, OnGrid) and value.relu is None and value.grid.same_as(grid):
             return value
-        key = (id(value), float(grid.scale), grid.lo, grid.hi)
+        key = (id(value), float(grid.scale), grid.lo, grid.hi, grid.signs)
         if key not in self.done:
             # The value is kept beside its result: an id is only unique while its object lives.
             self.done[key] = (value, self._emit(value, grid, name))
         return self.done[key][1]
 
     def _emit(self, value, grid, name):
+        if grid.signs and (objection := signs.objection(value)):
+            raise NotExportable(objection)
         if isinstance(value, OnGrid):
             return self._requantize(value, grid, name)
         if isinstance(value, Linear):
@@ -225,9 +228,13 @@ class Emitter:
 
     def _product(self, value, grid, name):
         made, activation = self.tensor(name, value.shape, grid, value.relu)
-        kernel, scale, bias = integer_product(value, made, self.weights)
-        unit = bias_unit(value, made, scale)
-        self.biases.setdefault(value.source, []).append(Biases(value.bias, bias, unit))
+        if grid.signs:
+            kernel, scale, bias = signs.threshold(value, made, LARGEST_BIAS)
+        else:
+            value = signs.folded(value)
+            kernel, scale, bias = integer_product(value, made, self.weights)
+            unit = bias_unit(value, made, scale)
+            self.biases.setdefault(value.source, []).append(Biases(value.bias, bias, unit))
         self.ops.append(
             value.op(
                 (value.inputs.tensor,),
@@ -275,6 +282,9 @@ class Emitter:
         return self._product(replace(identity(value, name), relu=value.relu), grid, name)
 
     def _move(self, value, grid, name):
+        if grid.signs and value.op is ir.AveragePool2D:
+            mean = self.put(value, value.parts[0].grid, f"{name}_mean")
+            return self._requantize(mean, grid, name)
         parts = [
             self.put(part, grid, f"{name}_{i}" if len(value.parts) > 1 else f"{name}_source")
             for i, part in enumerate(value.parts)

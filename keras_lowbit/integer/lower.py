@@ -29,6 +29,7 @@ from keras_lowbit.integer.emit import (
 )
 from keras_lowbit.kinds import activation_name, kind_of
 from keras_lowbit.numerics.grid import Grid
+from keras_lowbit.numerics.windows import same_padding
 
 
 class Lowering:
@@ -126,7 +127,7 @@ def _quantize(lowering, call):
 
 def _grid(lowering, call, quantizer):
     """The grid of an activation quantizer that has seen data."""
-    if not lowering.dry and not float(ops.convert_to_numpy(quantizer.calibrated)):
+    if not lowering.dry and not quantizer.is_calibrated:
         raise NotExportable(
             f"{call.name} is not calibrated. Run keras_lowbit.calibrate(model, images) first"
         )
@@ -236,6 +237,7 @@ def _linear(lowering, call, value, kernel, quantizer, bias, *, shape=None, point
             "padding": layer.padding.upper(),
         }
         value, attributes = _without_padding(lowering, value, codes, attributes)
+        _check_padding(layer, value, codes.shape)
     channels = len(scale)
     return Linear(
         op=op,
@@ -264,11 +266,21 @@ def _without_padding(lowering, value, kernel, attributes):
         attributes["dilation"],
         strict=True,
     ):
-        total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
-        wanted.append((total // 2, total - total // 2))
+        wanted.append(same_padding(n, (k - 1) * d + 1, s))
     if tuple(paddings) == (*wanted, (0, 0)):
         return source, {**attributes, "padding": "SAME"}
     return value, attributes
+
+
+def _check_padding(layer, value, kernel_shape):
+    """Training must pad as the file does: with code 0, which stands for -1 where signs are."""
+    wanted = -1 if value.grid.signs else 0
+    pads = layer.padding == "same" and max(kernel_shape[:2]) > 1
+    if pads and layer.pad_code != wanted:
+        raise NotExportable(
+            f"{layer.name} pads its input with code {layer.pad_code}, the file with {wanted}. "
+            f"Give the layer pad_code={wanted}, as quantize_model does, and train it so"
+        )
 
 
 def _activated(value, name, call):

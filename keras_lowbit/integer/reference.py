@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from keras_lowbit.integer import graph as ir
+from keras_lowbit.numerics import windows
 from keras_lowbit.numerics.fixed_point import (
     CODE_RANGES,
     activation_bounds,
@@ -78,8 +79,7 @@ def same_padding(size: int, window: int, stride: int, padding: str) -> tuple[int
         return 0, 0
     if padding != "SAME":
         raise ValueError(f"padding must be 'SAME' or 'VALID'. Got {padding!r}")
-    total = max((-(-size // stride) - 1) * stride + window - size, 0)
-    return total // 2, total - total // 2
+    return windows.same_padding(size, window, stride)
 
 
 def _taps(x, window, strides, dilation, padding, fill):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from keras_lowbit.layers.padding import SamePadding
 from keras_lowbit.layers.product import PACKAGE, CodeProduct
 from keras_lowbit.numerics import backend
 
@@ -12,7 +13,7 @@ _CHANNELS_LAST = "channels_last"
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
-class QuantizedConv2D(CodeProduct, keras.layers.Conv2D):
+class QuantizedConv2D(SamePadding, CodeProduct, keras.layers.Conv2D):
     """`keras.layers.Conv2D` on codes; the latent kernel stays float.
 
     Takes every argument of the Keras layer (stride, dilation, groups, SAME or VALID, bias,
@@ -25,6 +26,8 @@ class QuantizedConv2D(CodeProduct, keras.layers.Conv2D):
         input_quantizer: for a plain input tensor; unused when the input is a
             `(codes, scale)` pair.
         output_quantizer: applied after the activation.
+        pad_code: code that SAME padding puts around the input: -1 for a pair of signs, else 0;
+            `None`: what the input quantizer says.
         **kwargs: the other arguments of `keras.layers.Conv2D`.
 
     Raises:
@@ -39,11 +42,13 @@ class QuantizedConv2D(CodeProduct, keras.layers.Conv2D):
         kernel_quantizer="lsq",
         input_quantizer=None,
         output_quantizer=None,
+        pad_code=None,
         **kwargs,
     ):
         kwargs["dtype"] = "float32"
         kwargs.setdefault("data_format", _CHANNELS_LAST)
         super().__init__(filters, kernel_size, **kwargs)
+        self._take_pad_code(pad_code)
         self._take_quantizers(
             kernels={"kernel_quantizer": (kernel_quantizer, -1)},
             activations={
@@ -56,19 +61,20 @@ class QuantizedConv2D(CodeProduct, keras.layers.Conv2D):
         """Reals; see the class."""
         codes, scale = self.split_input(inputs)
         kernel, kernel_scale = self.quantized_kernel(self.kernel, self.kernel_quantizer)
+        codes, padding = self.padded(codes, kernel)
         outputs = backend.conv(
             codes,
             kernel,
             self.unit(scale, kernel_scale),
             strides=self.strides,
-            padding=self.padding,
+            padding=padding,
             dilation_rate=self.dilation_rate,
         )
         return self.finish(outputs, self.bias)
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
-class QuantizedDepthwiseConv2D(CodeProduct, keras.layers.DepthwiseConv2D):
+class QuantizedDepthwiseConv2D(SamePadding, CodeProduct, keras.layers.DepthwiseConv2D):
     """`keras.layers.DepthwiseConv2D` on codes; one scale for each output channel.
 
     Args:
@@ -76,6 +82,8 @@ class QuantizedDepthwiseConv2D(CodeProduct, keras.layers.DepthwiseConv2D):
         kernel_quantizer: name, config, object or `None`.
         input_quantizer: for a plain input tensor.
         output_quantizer: applied after the activation.
+        pad_code: code that SAME padding puts around the input: -1 for a pair of signs, else 0;
+            `None`: what the input quantizer says.
         **kwargs: the other arguments of `keras.layers.DepthwiseConv2D`.
 
     Raises:
@@ -89,11 +97,13 @@ class QuantizedDepthwiseConv2D(CodeProduct, keras.layers.DepthwiseConv2D):
         kernel_quantizer="lsq",
         input_quantizer=None,
         output_quantizer=None,
+        pad_code=None,
         **kwargs,
     ):
         kwargs["dtype"] = "float32"
         kwargs.setdefault("data_format", _CHANNELS_LAST)
         super().__init__(kernel_size, **kwargs)
+        self._take_pad_code(pad_code)
         self._take_quantizers(
             kernels={"kernel_quantizer": (kernel_quantizer, (-2, -1))},
             activations={
@@ -108,19 +118,20 @@ class QuantizedDepthwiseConv2D(CodeProduct, keras.layers.DepthwiseConv2D):
         kernel, kernel_scale = self.quantized_kernel(self.kernel, self.kernel_quantizer)
         if kernel_scale is not None and len(kernel_scale.shape):
             kernel_scale = ops.reshape(kernel_scale, (-1,))
+        codes, padding = self.padded(codes, kernel)
         outputs = backend.depthwise_conv(
             codes,
             kernel,
             self.unit(scale, kernel_scale),
             strides=self.strides,
-            padding=self.padding,
+            padding=padding,
             dilation_rate=self.dilation_rate,
         )
         return self.finish(outputs, self.bias)
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
-class QuantizedSeparableConv2D(CodeProduct, keras.layers.SeparableConv2D):
+class QuantizedSeparableConv2D(SamePadding, CodeProduct, keras.layers.SeparableConv2D):
     """`keras.layers.SeparableConv2D` on codes: depthwise, a grid between, pointwise.
 
     Args:
@@ -131,6 +142,8 @@ class QuantizedSeparableConv2D(CodeProduct, keras.layers.SeparableConv2D):
         between_quantizer: grid of the tensor between the two products.
         input_quantizer: for a plain input tensor.
         output_quantizer: applied after the activation.
+        pad_code: code that SAME padding puts around the input: -1 for a pair of signs, else 0;
+            `None`: what the input quantizer says.
         **kwargs: the other arguments of `keras.layers.SeparableConv2D`.
 
     Raises:
@@ -147,11 +160,13 @@ class QuantizedSeparableConv2D(CodeProduct, keras.layers.SeparableConv2D):
         between_quantizer="lsq",
         input_quantizer=None,
         output_quantizer=None,
+        pad_code=None,
         **kwargs,
     ):
         kwargs["dtype"] = "float32"
         kwargs.setdefault("data_format", _CHANNELS_LAST)
         super().__init__(filters, kernel_size, **kwargs)
+        self._take_pad_code(pad_code)
         self._take_quantizers(
             kernels={
                 "depthwise_quantizer": (depthwise_quantizer, (-2, -1)),
@@ -183,12 +198,13 @@ class QuantizedSeparableConv2D(CodeProduct, keras.layers.SeparableConv2D):
         )
         if kernel_scale is not None and len(kernel_scale.shape):
             kernel_scale = ops.reshape(kernel_scale, (-1,))
+        codes, padding = self.padded(codes, kernel)
         between = backend.depthwise_conv(
             codes,
             kernel,
             self.unit(scale, kernel_scale),
             strides=self.strides,
-            padding=self.padding,
+            padding=padding,
             dilation_rate=self.dilation_rate,
         )
         scale = None

@@ -13,6 +13,8 @@ import keras
 import numpy as np
 import torch
 
+from keras_lowbit.numerics.windows import same_padding
+
 # Elements that one round of passes works on, so that the later ones find them in a cache.
 _CHUNK = 1 << 17
 
@@ -162,8 +164,10 @@ def conv(codes, kernel, scale, strides, padding, dilation_rate):
     pads = [0, 0]
     if padding == "same":
         sides = [
-            _same(*each)
-            for each in zip(codes.shape[1:3], kernel.shape[:2], strides, dilation, strict=True)
+            same_padding(size, (window - 1) * apart + 1, stride)
+            for size, window, stride, apart in zip(
+                codes.shape[1:3], kernel.shape[:2], strides, dilation, strict=True
+            )
         ]
         pads = [before for before, _ in sides]
         if any(before != after for before, after in sides):
@@ -180,13 +184,6 @@ def depthwise_conv(codes, kernel, scale, strides, padding, dilation_rate):
         return None
     kernel = kernel.reshape(*kernel.shape[:2], 1, -1)
     return conv(codes, kernel, scale, strides, padding, dilation_rate)
-
-
-def _same(size, kernel, stride, dilation):
-    """Rows that SAME adds before and after; the odd one comes after."""
-    reach = (kernel - 1) * dilation + 1
-    total = max((-(-size // stride) - 1) * stride + reach - size, 0)
-    return total // 2, total - total // 2
 
 
 def _channels_first(x):

@@ -72,14 +72,18 @@ class Grid:
         lo: lowest code, at most 0.
         hi: highest code, at least 0.
         bits: width of a code.
+        signs: whether 0.0 has no code: 0 and 1 stand for `-scale / 2` and `scale / 2`.
     """
 
     scale: float | np.ndarray
     lo: int
     hi: int
     bits: int
+    signs: bool = False
 
     def __post_init__(self):
+        if self.signs and (self.lo, self.hi) != (0, 1):
+            raise ValueError(f"Grid: codes of signs are 0 and 1. Got {self.lo}..{self.hi}")
         if not self.lo <= 0 <= self.hi:
             raise ValueError(f"Grid: codes must include 0. Got {self.lo}..{self.hi}")
         if not np.all(np.isfinite(self.scale)) or not np.all(np.asarray(self.scale) > 0):
@@ -91,13 +95,17 @@ class Grid:
         return self.lo < 0
 
     @property
+    def offset(self) -> float:
+        """Reals that code 0 stands for."""
+        return -0.5 * float(self.scale) if self.signs else 0.0
+
+    @property
     def zero_point(self) -> int:
-        """The int8 code of 0.0: symmetric grids sit at 0, all others start at -128."""
+        """The int8 code of code 0: symmetric grids sit at 0, all others start at -128."""
         symmetric = self.lo in (-self.hi, -self.hi - 1)
         return 0 if symmetric else -128 - self.lo
 
     def same_as(self, other: Grid) -> bool:
         """Whether both grids give the same real to the same code."""
-        return (self.lo, self.hi) == (other.lo, other.hi) and np.array_equal(
-            np.float32(self.scale), np.float32(other.scale)
-        )
+        ends = (self.lo, self.hi, self.signs) == (other.lo, other.hi, other.signs)
+        return ends and np.array_equal(np.float32(self.scale), np.float32(other.scale))

@@ -16,6 +16,7 @@ from keras_lowbit.quantizers.minmax import MinMax
 from keras_lowbit.quantizers.mse import MSE
 from keras_lowbit.quantizers.pact import PACT
 from keras_lowbit.quantizers.percentile import Percentile
+from keras_lowbit.quantizers.sign import Sign
 from keras_lowbit.quantizers.ternary import Ternary
 from keras_lowbit.quantizers.threshold import Threshold
 
@@ -30,6 +31,7 @@ __all__ = [
     "MinMax",
     "Percentile",
     "Quantizer",
+    "Sign",
     "Ternary",
     "Threshold",
     "get",
@@ -44,6 +46,7 @@ _BY_NAME = {
     "dorefa": DoReFa,
     "pact": PACT,
     "affine": Affine,
+    "sign": Sign,
     "ternary": Ternary,
     "levels": Levels,
     "channel_balanced": ChannelBalanced,

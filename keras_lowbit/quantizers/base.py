@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 import keras
 import numpy as np
 from keras import ops
@@ -28,6 +30,9 @@ class Quantizer(keras.layers.Layer):
             says why.
         moves_bits: whether `set_bits` can change the width of a built quantizer; schedules of bits
             pass the others by.
+        fits_data: whether `fit_scale` looks at data; `calibrate` leaves the others on.
+        pad_code: the code that SAME padding puts around a tensor.
+        unsaved: names of the variables that are in no file.
 
     Args:
         bits: width of a code, 1..16.
@@ -45,6 +50,9 @@ class Quantizer(keras.layers.Layer):
     roles = ROLES
     breaks: frozenset[str] = frozenset()
     moves_bits = True
+    fits_data = True
+    pad_code = 0
+    unsaved = frozenset({"switch", "pull"})
     scale = None
     offset = 0.0  # reals that code 0 stands for
 
@@ -75,6 +83,7 @@ class Quantizer(keras.layers.Layer):
         self.observer = None
         # Only where asked for: a quantizer that nobody switches computes nothing more.
         self.switch = None
+        self.pull = None
         self._initially_enabled = bool(enabled)
         self.axis = (axis,) if isinstance(axis, int) else None if axis is None else tuple(axis)
 
@@ -104,16 +113,31 @@ class Quantizer(keras.layers.Layer):
         Raises:
             ValueError: the quantizer is not built.
         """
-        if not self.built:
-            raise ValueError(f"{self.name}: build the model before its quantizers get switches")
         if self.switch is not None:
             return False
+        self.switch = self._add_late("switch", 1.0)
+        return True
+
+    def add_pull(self) -> None:
+        """Create the variable `pull`, 0: the strength of a penalty on the kernel.
+
+        Here, because compiled steps see variables of layers only. It is no weight in files. A
+        quantizer that has one keeps it.
+
+        Raises:
+            ValueError: the quantizer is not built.
+        """
+        if self.pull is None:
+            self.pull = self._add_late("pull", 0.0)
+
+    def _add_late(self, name, value):
+        if not self.built:
+            raise ValueError(f"{self.name}: build the model before its quantizers get a {name}")
         self._tracker.unlock()  # a built layer takes no variables otherwise
         try:
-            self.switch = self.add_state("switch", 1.0)
+            return self.add_state(name, value)
         finally:
             self._tracker.lock()
-        return True
 
     @property
     def enabled(self) -> bool:
@@ -156,6 +180,11 @@ class Quantizer(keras.layers.Layer):
             trainable=trainable,
             constraint=PositiveScale() if trainable else None,
         )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a scale came from data."""
+        return bool(float(ops.convert_to_numpy(self.calibrated)))
 
     @property
     def bits(self) -> int:
@@ -313,12 +342,12 @@ class Quantizer(keras.layers.Layer):
             )
 
     def save_own_variables(self, store):
-        """All variables but the switch."""
+        """All variables but those of `unsaved`."""
         for i, variable in enumerate(self._stored()):
             store[f"{i}"] = variable
 
     def load_own_variables(self, store):
-        """All variables but the switch, which keeps its place."""
+        """All variables but those of `unsaved`, which keep their values."""
         stored = self._stored()
         if len(store.keys()) != len(stored):
             raise ValueError(
@@ -330,7 +359,7 @@ class Quantizer(keras.layers.Layer):
             variable.assign(store[f"{i}"])
 
     def _stored(self):
-        return [v for v in self.weights if v is not self.switch]
+        return [v for v in self.weights if v.name not in self.unsaved]
 
     def get_config(self):
         """Arguments of the constructor; `bits` as it is now."""
@@ -378,3 +407,12 @@ class PositiveScale(keras.constraints.Constraint):
     def get_config(self):
         """Arguments of the constructor."""
         return {"smallest": self.smallest}
+
+
+def checked_choice(who: str, argument: str, given, allowed):
+    """`given`, or `ValueError` with the nearest of `allowed`."""
+    if given in allowed:
+        return given
+    near = difflib.get_close_matches(str(given), allowed, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{who}: {argument} must be one of {allowed}. Got {given!r}.{hint}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 import keras
 import numpy as np
 from keras import ops
@@ -11,7 +9,7 @@ from keras import ops
 from keras_lowbit.numerics import uniform
 from keras_lowbit.numerics.grid import check_bits
 from keras_lowbit.numerics.ranges import SMALLEST_SCALE
-from keras_lowbit.quantizers.base import PACKAGE, Quantizer
+from keras_lowbit.quantizers.base import PACKAGE, Quantizer, checked_choice
 from keras_lowbit.quantizers.lloyd import NOTHING, levels_of
 
 MOST_BITS = 8
@@ -69,8 +67,8 @@ class Levels(Quantizer):
         self._given_axis = axis
         super().__init__(bits, axis=axis if per_filter else None, **kwargs)
         self.per_filter = bool(per_filter)
-        self.mode = _choice("mode", mode, MODES)
-        self.init = _choice("init", init, INITS)
+        self.mode = checked_choice("Levels", "mode", mode, MODES)
+        self.init = checked_choice("Levels", "init", init, INITS)
 
     def build(self, input_shape):
         """Create levels at -1..1, until `fit_scale` sees the kernel."""
@@ -235,11 +233,3 @@ def check_level_bits(bits) -> None:
 def _inverse_softplus(y):
     """log(e^y - 1), in a form that no large y overflows."""
     return y + np.log(-np.expm1(-y))
-
-
-def _choice(argument, given, allowed):
-    if given in allowed:
-        return given
-    near = difflib.get_close_matches(str(given), allowed, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"Levels: {argument} must be one of {allowed}. Got {given!r}.{hint}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 import keras
 import numpy as np
 from keras import ops
@@ -11,7 +9,7 @@ from keras import ops
 from keras_lowbit.numerics import ternary, uniform
 from keras_lowbit.numerics.grid import check_bits
 from keras_lowbit.numerics.ranges import SMALLEST_SCALE
-from keras_lowbit.quantizers.base import PACKAGE, PositiveScale, Quantizer
+from keras_lowbit.quantizers.base import PACKAGE, PositiveScale, Quantizer, checked_choice
 
 BITS = 2
 THRESHOLDS = ("twn", "quantile", "learned")
@@ -69,6 +67,7 @@ class Ternary(Quantizer):
 
     roles = ("kernel",)
     moves_bits = False
+    unsaved = frozenset({"switch"})
 
     def __init__(
         self,
@@ -83,9 +82,9 @@ class Ternary(Quantizer):
         **kwargs,
     ):
         super().__init__(check_ternary_bits(bits), **kwargs)
-        self.threshold = _choice("threshold", threshold, THRESHOLDS)
-        self.scale_rule = _choice("scale", scale, SCALES)
-        self.gradient = _choice("gradient", gradient, GRADIENTS)
+        self.threshold = checked_choice("Ternary", "threshold", threshold, THRESHOLDS)
+        self.scale_rule = checked_choice("Ternary", "scale", scale, SCALES)
+        self.gradient = checked_choice("Ternary", "gradient", gradient, GRADIENTS)
         self._temperature = _number("temperature", temperature, "positive", lambda v: v > 0)
         self.floor = _number("floor", floor, "from 0 to 1", lambda v: 0 <= v <= 1)
         self.zeros = _number("zeros", zeros, "from 0 to below 1", lambda v: 0 <= v < 1)
@@ -94,8 +93,7 @@ class Ternary(Quantizer):
         """Create `temperature` and `pull`, and what is trained of ratio and scale."""
         super().build(input_shape)
         self.temperature = self.add_state("temperature", self._temperature)
-        # Strength of a regularizer on the kernel. Here, because compiled steps see variables of
-        # layers only (`callbacks.attach_cosine`).
+        # Unlike others (`add_pull`), ternary kernels have it from the start and in files.
         self.pull = self.add_state("pull", 0.0)
         if self.threshold == "learned":
             self.ratio = self.add_state(
@@ -201,14 +199,6 @@ def check_ternary_bits(bits) -> int:
             "another width, or BitDescent(targets='activations') to keep kernels ternary"
         )
     return BITS
-
-
-def _choice(argument, given, allowed):
-    if given in allowed:
-        return given
-    near = difflib.get_close_matches(str(given), allowed, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"Ternary: {argument} must be one of {allowed}. Got {given!r}.{hint}")
 
 
 def _number(argument, given, allowed, accepts):

@@ -13,6 +13,7 @@ from pathlib import Path
 import keras
 
 from keras_lowbit.callbacks import Resume
+from keras_lowbit.callbacks.resume import forget_initial_epoch
 from keras_lowbit.callbacks.sites import checked_count
 from keras_lowbit.training import files, stages
 from keras_lowbit.training.plan import Stage, StagePlan, Visit, visits
@@ -184,6 +185,8 @@ class CyclicTraining:
                     size = fit_options.get("batch_size") or 32
                     stages.reestimate(model, data, self.reestimate_batches, size)
                 model.compile(optimizer=fresh, **(compile_options or {}))
+                # A backup of Keras may have left its own in the model, or in the stage before.
+                forget_initial_epoch(model)
                 own = [files.EpochLog(folder / "epochs.json", visit.index)]
                 if resume is not None:
                     own.append(Resume(resume, keep=True))
@@ -196,9 +199,6 @@ class CyclicTraining:
                     verbose=verbose,
                     **fit_options,
                 )
-                # Keras keeps the epoch that a backup began with and prefers it to `initial_epoch`
-                # of every later fit.
-                model._initial_epoch = None
 
         with _folder(directory) as folder:
             return self._run(model, train, folder, resumes=directory is not None, verbose=verbose)

@@ -23,10 +23,10 @@ _ACTIVATION_QUANTIZERS = ("quantizer", "input_quantizer", "between_quantizer", "
 def calibrate(model, images, *, method="mse", batch_size=32, samples=SAMPLES, only_new=False):
     """Set the scales of all activation grids from images, in place.
 
-    Images run through the model with quantized kernels and float activations; each grid is then
-    fitted to (a seeded sample of) the values that arrived at it. Kernels keep their scales, except
-    that layers put in by hand, whose kernels have none yet, get theirs first. Last, biases move to
-    the nearest that an exported file can hold (`snap_biases`).
+    Images run through the model with quantized kernels and float activations (signs stay signs);
+    each grid is then fitted to (a seeded sample of) the values that arrived at it. Kernels keep
+    their scales, except that layers put in by hand, whose kernels have none yet, get theirs first.
+    Last, biases move to the nearest that an exported file can hold (`snap_biases`).
 
     Args:
         model: a model of `quantize_model`, or one built from quantized layers.
@@ -153,8 +153,10 @@ class _Reservoir:
 def _observed(program, reservoir, only_new):
     """Inside the block activation quantizers let reals pass and show them to the reservoir."""
     found = [q for call in program.calls for q in activation_quantizers(call.operation)]
+    # Signs have nothing to see, and sums behind them are of another size than those of reals.
+    found = [q for q in found if q.fits_data]
     if only_new:
-        found = [q for q in found if not float(ops.convert_to_numpy(q.calibrated))]
+        found = [q for q in found if not q.is_calibrated]
     try:
         for quantizer in found:
             quantizer.observer = reservoir.add
@@ -175,6 +177,6 @@ def uncalibrated(model: keras.Model) -> list[str]:
     found = []
     for call in walk.flatten(model).calls:
         for quantizer in activation_quantizers(call.operation):
-            if not float(ops.convert_to_numpy(quantizer.calibrated)):
+            if not quantizer.is_calibrated:
                 found.append(call.name)
     return list(dict.fromkeys(found))

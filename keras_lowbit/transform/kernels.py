@@ -13,7 +13,7 @@ def fit_kernels(layer):
     """Set kernel scales of least squared error from the latents, where no data set them yet."""
     for kernel in kernels(layer):
         quantizer = kernel.quantizer
-        if quantizer is not None and not float(ops.convert_to_numpy(quantizer.calibrated)):
+        if quantizer is not None and not quantizer.is_calibrated:
             quantizer.fit_scale(ops.convert_to_numpy(kernel.latent))
 
 

@@ -20,6 +20,7 @@ from keras_lowbit.transform.plan import STREAM_BITS, Plan
 
 # Quantizers of activations that know of a ReLU6 in front.
 _TAKE_A_LIMIT = ("lsq", "channel_balanced")
+_SIGN = "sign"
 _EXPORTABLE_ACTIVATIONS = ("linear", "relu", "relu6")
 
 _QUANTIZED = {
@@ -139,7 +140,10 @@ class _Builder:
             return _Entry(values=self._clone(call, {ref.index: self._values(ref)}))
         pair = self._grid(ref, widths.activation_bits)
         offset = self._offset_of(ref)
-        layer, activation, fresh = self._quantized_layer(call, widths, needs_bias=bool(offset))
+        bits = 8 if self.plan.is_image(ref) else widths.activation_bits
+        layer, activation, fresh = self._quantized_layer(
+            call, widths, needs_bias=bool(offset), signs=self.scheme.activation_of(bits)[0] == _SIGN
+        )
         outputs = layer(pair)
         if fresh:
             copy_weights(call.operation, layer)
@@ -230,13 +234,20 @@ class _Builder:
             quantizer = self._image_quantizer(ref)
         else:
             nonnegative, limit = self.plan.sign_and_limit(ref)
-            options = {"max_value": limit} if self.scheme.activation in _TAKE_A_LIMIT else {}
+            signed = not nonnegative if signed is None else signed
+            method, options = self.scheme.activation_of(bits)
+            if method == _SIGN and not signed:
+                raise ValueError(
+                    f"{self._tensor_name(ref)}: nothing is negative behind a ReLU, so all signs "
+                    "would be 1. Take the ReLU out of the float model (a batch norm in its place), "
+                    "or use Scheme(binary_activation='heaviside')"
+                )
             quantizer = quantizers.get(
-                self.scheme.activation,
+                method,
                 bits=bits,
-                signed=not nonnegative if signed is None else signed,
+                signed=signed,
                 role="activation",
-                **{**options, **self.scheme.activation_options},
+                **{**({"max_value": limit} if method in _TAKE_A_LIMIT else {}), **options},
             )
         return layers.Quantize(quantizer, name=name)(values)
 
@@ -288,7 +299,7 @@ class _Builder:
             operation.set_weights(original.get_weights())
         return results
 
-    def _quantized_layer(self, call, widths, needs_bias):
+    def _quantized_layer(self, call, widths, needs_bias, signs):
         """`(layer, activation to apply after the logits' grid or None, whether it is new)`."""
         known = self.clones.get(id(call.operation))
         if known is not None:
@@ -308,6 +319,8 @@ class _Builder:
             if config.get(key) is None:
                 config.pop(key, None)
         config.pop("dtype", None)
+        if signs and not isinstance(original, keras.layers.Dense):
+            config["pad_code"] = quantizers.Sign.pad_code
         layer = _QUANTIZED[type(original)].from_config(
             {**config, **self._kernel_quantizers(type(original), widths)}
         )
@@ -325,12 +338,8 @@ class _Builder:
             )
 
         if cls is keras.layers.SeparableConv2D:
-            between = quantizers.get(
-                self.scheme.activation,
-                bits=widths.activation_bits,
-                role="activation",
-                **self.scheme.activation_options,
-            )
+            method, more = self.scheme.activation_of(widths.activation_bits)
+            between = quantizers.get(method, bits=widths.activation_bits, role="activation", **more)
             return {
                 "depthwise_quantizer": make((-2, -1)),
                 "pointwise_quantizer": make(-1),

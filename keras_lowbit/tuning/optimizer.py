@@ -6,9 +6,13 @@ from collections.abc import Mapping
 
 import keras
 
+from keras_lowbit.optimizers import Rated
 
-class RatedAdam(keras.optimizers.Adam):
+
+class RatedAdam(Rated, keras.optimizers.Adam):
     """`keras.optimizers.Adam` whose step is multiplied by a rate of each variable's own.
+
+    By `id`, not by path as `optimizers.RatedAdam`: variables made for a block share names.
 
     Args:
         rates: `id` of a Keras variable to its rate; others get 1.
@@ -17,16 +21,9 @@ class RatedAdam(keras.optimizers.Adam):
     """
 
     def __init__(self, rates: Mapping[int, float], **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(rates={}, **kwargs)
         self._rate_of = dict(rates)
-        self._rates: list[float] = []
 
-    def build(self, variables):
-        """Put the rates in the order of the variables."""
-        super().build(variables)
-        self._rates = [self._rate_of.get(id(v), 1.0) for v in variables]
-
-    def update_step(self, gradient, variable, learning_rate):
-        """Adam's step at the variable's rate."""
-        rate = self._rates[self._get_variable_index(variable)]
-        super().update_step(gradient, variable, learning_rate * rate)
+    def rate_of(self, variable):
+        """The rate of a variable."""
+        return self._rate_of.get(id(variable), 1.0)

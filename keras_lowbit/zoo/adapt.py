@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keras
 
+from keras_lowbit.callbacks.sites import quantizers_of
 from keras_lowbit.layers import Dequantize, Quantize, QuantizedDense
 from keras_lowbit.transform.kernels import fit_kernels
 
@@ -72,11 +73,9 @@ def with_classes(model: keras.Model, classes: int) -> keras.Model:
 def _again(layer, changes):
     """An unbuilt layer of the same configuration with `changes`, its quantizers unbuilt too."""
     config = {**layer.get_config(), **changes}
-    for argument in ("quantizer", "kernel_quantizer", "input_quantizer", "output_quantizer"):
-        quantizer = getattr(layer, argument, None)
-        if quantizer is not None:
-            # The serialized form remembers the shape it was built for, which may change here.
-            config[argument] = type(quantizer).from_config(quantizer.get_config())
+    for argument, quantizer in quantizers_of(layer):
+        # The serialized form remembers the shape it was built for, which may change here.
+        config[argument] = type(quantizer).from_config(quantizer.get_config())
     return type(layer).from_config(config)
 
 

@@ -113,6 +113,22 @@ def test_snapshots_come_every_n_epochs_and_go_when_training_ends_well(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("begun", [1, 2], ids=["cut short", "all done"])
+def test_the_next_fit_of_a_resumed_model_begins_at_its_own_epoch(begun, tmp_path):
+    tiny.train(dense(), [Resume(tmp_path, keep=True)], epochs=begun)
+    model = dense()
+    assert tiny.train(model, [Resume(tmp_path)], epochs=2).epoch == [*range(begun, 2)]
+    assert tiny.train(model, [], epochs=3).epoch == [0, 1, 2]
+
+
+def test_an_interrupted_resume_leaves_no_epoch_to_begin_at(tmp_path):
+    tiny.train(dense(), [Resume(tmp_path, keep=True)], epochs=2)
+    model = dense()
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(model, [Resume(tmp_path), Interrupt(2, 1)], epochs=4)
+    assert tiny.train(model, [], epochs=4, initial_epoch=1).epoch == [1, 2, 3]
+
+
 def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"every must be a whole number of at least 1\. Got 0"):
         Resume(tmp_path, every=0)

@@ -37,10 +37,12 @@ def random_options(seed, coverage):
 def random_model(seed: int, coverage: Coverage | None = None) -> keras.Model:
     """A small model that only `seed` decides, with hostile weights."""
     keras.utils.clear_session(free_memory=False)
-    return hostile(_Maker(seed, coverage).model(), seed)
+    return hostile(Maker(seed, coverage).model(), seed)
 
 
-class _Maker:
+class Maker:
+    """Rolls the dice for one model; a subclass may leave out blocks."""
+
     def __init__(self, seed, coverage):
         self.random = np.random.default_rng(seed)
         self.coverage = Coverage() if coverage is None else coverage

@@ -17,7 +17,7 @@ SCALES_OF_THE_KERNEL = ("minmax", "ternary", "levels")
 
 def width(name, wanted):
     """`wanted`, or the one width that the quantizer has."""
-    return 2 if name == "ternary" else wanted
+    return {"ternary": 2, "sign": 1}.get(name, wanted)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ class TestEveryQuantizer:
             )
             outputs, quantizer = made(inputs), made.kernel_quantizer
         else:
-            made = layers.Quantize(name, bits=4)
+            made = layers.Quantize(name, bits=width(name, 4))
             outputs, quantizer = layers.Dequantize()(made(inputs)), made.quantizer
         model = keras.Model(inputs, outputs)
         quantizer.fit_scale(ops.convert_to_numpy(made.kernel) if role == "kernel" else x)
@@ -96,8 +96,12 @@ class TestEveryQuantizer:
                 quantizer.grid()
             return
         grid = quantizer.grid()
-        assert (grid.lo, grid.hi) == quantizer.static_bounds()
-        np.testing.assert_array_equal(grid.scale, encode(quantizer, x)[1])
+        codes = np.array(quantizer.static_bounds())
+        assert grid.signs == (name == "sign")
+        if not grid.signs:
+            assert (grid.lo, grid.hi) == (codes[0], codes[1])
+        ends = grid.offset + grid.scale * np.array([grid.lo, grid.hi], np.float32)
+        np.testing.assert_array_equal(ends, encode(quantizer, x)[1] * codes.astype(np.float32))
 
     def test_codes_of_its_own_output_are_the_same_codes(self, name, role, x):
         quantizer = calibrated(name, role, x)

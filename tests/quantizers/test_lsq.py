@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_lowbit import layers
 from keras_lowbit.quantizers import LSQ
 from keras_lowbit.quantizers.base import PositiveScale
 from tests.gradients import gradient
@@ -210,3 +211,86 @@ def test_calibration_uses_the_method_that_is_asked_for():
     quantizer.fit_scale(x, "percentile")
     # percentile 99.99 of 5 values: 1 + 0.9996 * 29 = 29.9884
     assert float(ops.convert_to_numpy(quantizer.scale)) == pytest.approx(29.9884 / 3, rel=1e-5)
+
+
+class TestElementWiseGradientScaling:
+    """Lee et al. 2021, arXiv:2104.00903, eq. of g_xn by hand: 4 bits, codes -7..7, delta 0.7.
+
+    x / scale   code   off     off * 0.7 / 14    g = 2        g = -2
+    0.6         1      -0.4    -0.02             2 - 0.04     -2 - 0.04
+    1.2         1      0.2     0.01              2 + 0.02     -2 + 0.02
+    7.3         7      0       0                 2            -2
+    9           7                                0            0
+    """
+
+    x = (0.3, 0.6, 3.65, 4.5)
+    up, down = (1.96, 2.02, 2.0, 0.0), (-2.04, -1.98, -2.0, 0.0)
+
+    def gradients(self, quantizer, slopes, x=x):
+        def loss(t):
+            return ops.sum(quantizer(t) * ops.convert_to_tensor(np.float32(slopes)))
+
+        return gradient(loss, x, variables=[quantizer.scale])
+
+    @pytest.mark.parametrize("role", ["kernel", "activation"])
+    def test_the_gradient_by_hand(self, role):
+        shape = (4,) if role == "kernel" else (1, 4)
+        quantizer = built(shape, 0.5, role=role, gradient="ewgs", delta=0.7)
+        x = np.reshape(np.float32(self.x), shape)
+        for g, wanted in ((2.0, self.up), (-2.0, self.down)):
+            to_x, _ = self.gradients(quantizer, g, x)
+            # 0.6 - 1 in float32 has 7 digits, a twentieth of it is added to 2.
+            np.testing.assert_allclose(to_x.reshape(-1), wanted, rtol=1e-6)
+
+    def test_each_channel_by_its_own_scale(self):
+        quantizer = built((2, 2), [0.5, 1.0], axis=-1, gradient="ewgs", delta=0.7)
+        to_x, _ = self.gradients(quantizer, 2.0, [[0.3, 0.6], [0.6, 1.2]])
+        np.testing.assert_allclose(to_x, [[1.96, 1.96], [2.02, 2.02]], rtol=1e-6)
+
+    def test_codes_and_the_gradient_to_the_scale_are_those_of_lsq(self):
+        x = np.random.default_rng(0).normal(size=(31, 3)).astype(np.float32)
+        slopes = np.random.default_rng(1).normal(size=x.shape)
+        plain = built(x.shape, 0.3, axis=-1)
+        bent = built(x.shape, 0.3, axis=-1, gradient="ewgs", delta=1.0)
+        for a, b in zip(encode(plain, x), encode(bent, x), strict=True):
+            np.testing.assert_array_equal(a, b)
+        (x1, scale1), (x2, scale2) = (self.gradients(q, slopes, x) for q in (plain, bent))
+        # Two compilations of one sum may differ in their order.
+        np.testing.assert_allclose(scale1, scale2, rtol=1e-6)
+        assert np.abs(x1 - x2).max() > 0.01
+
+    def test_the_variable_delta_rules(self):
+        quantizer = built((4,), 0.5, gradient="ewgs", delta=0.7)
+        quantizer.delta.assign(0.0)
+        to_x, _ = self.gradients(quantizer, 2.0)
+        np.testing.assert_array_equal(to_x, [2, 2, 2, 0])
+
+    def test_binary_kernels_keep_their_gradient(self):
+        quantizer = built((4,), 0.5, bits=1, gradient="ewgs", delta=0.7)
+        to_x, _ = self.gradients(quantizer, 2.0, [0.3, -0.6, 0.9, 4.0])
+        np.testing.assert_allclose(to_x, [2, 2, 2, 0], rtol=1e-6)
+
+    def test_a_model_trains_with_it_and_loads_again(self, backend, tmp_path):
+        layer = layers.QuantizedDense(
+            2, kernel_quantizer=LSQ(2, gradient="ewgs", delta=0.5), name="dense"
+        )
+        model = keras.Sequential([keras.Input((3,)), layer])
+        model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=backend == "jax")
+        x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+        before = ops.convert_to_numpy(layer.kernel).copy()
+        model.fit(x, x[:, :2], verbose=0, epochs=2)
+        assert (ops.convert_to_numpy(layer.kernel) != before).any()
+        layer.kernel_quantizer.delta.assign(0.25)
+        model.save(tmp_path / "m.keras")
+        again = keras.models.load_model(tmp_path / "m.keras")
+        quantizer = again.get_layer("dense").kernel_quantizer
+        assert quantizer.get_config() == layer.kernel_quantizer.get_config()
+        assert (quantizer.gradient, float(ops.convert_to_numpy(quantizer.delta))) == ("ewgs", 0.25)
+        np.testing.assert_array_equal(again.predict(x, verbose=0), model.predict(x, verbose=0))
+
+    def test_bad_arguments_are_refused(self):
+        with pytest.raises(ValueError, match=r"LSQ: gradient must be one of .*Got 'ewsg'.*'ewgs'"):
+            LSQ(gradient="ewsg")
+        with pytest.raises(ValueError, match=r"LSQ: delta must be at least 0\. Got -1"):
+            LSQ(gradient="ewgs", delta=-1)
+        assert "delta" not in LSQ(4).get_config()

@@ -142,6 +142,16 @@ def test_a_killed_training_goes_on_at_its_stage_and_epoch_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_model_that_keras_restored_before_begins_at_the_first_epoch(tmp_path):
+    model, log = tiny.model("w2a2"), []
+    for _ in range(2):  # the second one restores epoch 1, and nothing is left to do
+        backup = keras.callbacks.BackupAndRestore(str(tmp_path), delete_checkpoint=False)
+        tiny.train(model, [backup], epochs=1)
+    plan = StagePlan((Stage("only", 2, 2, 2, 1e-3),))
+    train(model, CyclicTraining(plan, 1), callbacks=lambda visit: [Watch(visit, log)])
+    assert log[-1][1]["iterations"] == 2 * 3  # epochs of 3 steps
+
+
 @pytest.mark.parametrize(("mode", "best"), [("max", 2), ("min", 1)])
 def test_the_model_ends_with_the_best_cycle(mode, best):
     model, log = tiny.model("w2a2", compiled=False), []
