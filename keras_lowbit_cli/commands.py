@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from absl import flags
@@ -19,13 +19,12 @@ class Command:
     """A sub-command.
 
     Args:
-        name: as typed.
-        argument: the positional argument, in capitals.
+        name: as typed, one word or two.
+        argument: the positional argument, in capitals; in brackets where it may be left out.
         summary: one line.
         details: a paragraph.
         define: adds the flags to an absl `FlagValues`.
         examples: command lines.
-        function: name of the function in `keras_lowbit.cli.handlers`.
     """
 
     name: str
@@ -34,6 +33,11 @@ class Command:
     details: str
     define: Callable[[flags.FlagValues], None]
     examples: tuple[str, ...]
+
+    @property
+    def function(self) -> str:
+        """Name of the function in `keras_lowbit.cli.handlers`."""
+        return self.name.replace(" ", "_")
 
     def flags(self) -> flags.FlagValues:
         """Fresh flags of this command; they are no part of absl's global ones."""
@@ -102,7 +106,7 @@ def _check(values):
     _string(values, "target", "android", "where it shall run", ("android", "builtin"))
 
 
-def _inspect(values):
+def _no_flags(values):
     del values
 
 
@@ -155,8 +159,33 @@ COMMANDS = {
             "FILE",
             "what is in a .keras or a .tflite: layers, bits, bytes",
             "Needs no data.",
-            _inspect,
+            _no_flags,
             ("keras-lowbit inspect w4a4.tflite",),
+        ),
+        Command(
+            "zoo list",
+            "[PATTERN]",
+            "released models: bits, accuracy, bytes",
+            "PATTERN is that of a shell, in quotes; without one all are listed.",
+            _no_flags,
+            ("keras-lowbit zoo list 'resnet8*'",),
+        ),
+        Command(
+            "zoo info",
+            "NAME",
+            "what is known about a released model",
+            "Names are those of `keras-lowbit zoo list`.",
+            _no_flags,
+            ("keras-lowbit zoo info resnet8_cifar10_w4a4",),
+        ),
+        Command(
+            "zoo export",
+            "NAME",
+            "write a released model as a .tflite and compare every code",
+            "As `keras-lowbit export` does for a file. A model that does not ship with the package "
+            "comes from the cache, or from the URL in KERAS_LOWBIT_URL.",
+            _export,
+            ("keras-lowbit zoo export resnet8_cifar10_w4a4 --out resnet8.tflite --weights int4",),
         ),
     )
 }
@@ -167,10 +196,16 @@ EXIT_CODES = (
 )
 
 
-def overview() -> str:
-    """Text of `keras-lowbit --help`."""
-    width = max(len(f"{c.name} {c.argument}") for c in COMMANDS.values())
-    lines = [f"  {f'{c.name} {c.argument}':<{width}}  {c.summary}" for c in COMMANDS.values()]
+def group(word: str) -> list[Command]:
+    """Commands of two words whose first one is `word`."""
+    return [command for name, command in COMMANDS.items() if name.startswith(f"{word} ")]
+
+
+def overview(commands: Iterable[Command] = COMMANDS.values()) -> str:
+    """Text of `keras-lowbit --help`, or of the help of a group."""
+    commands = list(commands)
+    width = max(len(f"{c.name} {c.argument}") for c in commands)
+    lines = [f"  {f'{c.name} {c.argument}':<{width}}  {c.summary}" for c in commands]
     return "\n".join(
         [
             "keras-lowbit: low-bit Keras models whose trained integers are the phone's.",

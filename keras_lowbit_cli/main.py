@@ -13,10 +13,11 @@ from pathlib import Path
 
 from absl import app, flags
 
-from keras_lowbit_cli.commands import COMMANDS, help_of, overview
+from keras_lowbit_cli.commands import COMMANDS, group, help_of, overview
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 _DEBUG = "--debug"
+_HELP = ("--help", "-h", "-help", "help")
 
 
 def entry() -> None:
@@ -49,13 +50,18 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv):
-    if not argv or argv[0] in ("--help", "-h", "-help", "help"):
+    if not argv or argv[0] in _HELP:
         print(overview())
         return 0 if argv else BAD_INPUT
     if argv[0] == "--version":
         print(_version())
         return 0
-    name, rest = argv[0], argv[1:]
+    together = group(argv[0])
+    if together and (len(argv) == 1 or argv[1] in _HELP):
+        print(overview(together))
+        return 0 if argv[1:] else BAD_INPUT
+    words = 2 if together else 1
+    name, rest = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}.{_nearest(name)}")
     command = COMMANDS[name]
@@ -64,7 +70,8 @@ def _run(argv):
     if values["help"].value:
         print(help_of(command))
         return 0
-    if len(positional) != 1:
+    optional = command.argument.startswith("[")
+    if len(positional) > 1 or not (positional or optional):
         given = " ".join(positional) or "nothing"
         raise ValueError(
             f"keras-lowbit {name} takes one {command.argument}. Got {given}; see --help"
@@ -73,7 +80,7 @@ def _run(argv):
     # TensorFlow counts the retraces of a program that runs several models, and prints each.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     handlers = importlib.import_module("keras_lowbit.cli.handlers")
-    return getattr(handlers, name)(positional[0], values)
+    return getattr(handlers, command.function)(positional[0] if positional else "", values)
 
 
 def _version():

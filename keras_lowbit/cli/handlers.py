@@ -92,27 +92,11 @@ def evaluate(name: str, flags) -> int:
 
 def export(name: str, flags) -> int:
     """`keras-lowbit export`."""
-    _required(flags, "out")
-    out = files.checked_output(flags.out, ".tflite", flags.overwrite)
+    out = _tflite_output(flags)
     model = files.load_model(name)
     if files.kind(model) == "float":
         raise ValueError(f"{name} is a float model: keras-lowbit quantize makes one to export")
-    data = None
-    if flags.data and flags.verify_images:
-        data = files.load_data(flags.data, files.image_shape(model), name)
-    options = {"target": flags.target, "weights": flags.weights}
-    options |= {"input_type": flags.input_type, "output_type": flags.output_type}
-    result = tflite_export.convert(model, **options)
-    if flags.verify_images:
-        result = result.verified(_verification_images(result, data, flags.verify_images))
-    print(result)
-    if result.mismatches:
-        print(f"error: {result.mismatches} wrong codes; {out} was not written", file=sys.stderr)
-        return FAILED
-    with files.replacing(out) as temporary:
-        temporary.write_bytes(result.content)
-    print(out)
-    return 0
+    return _exported(model, name, out, flags)
 
 
 def check(name: str, flags) -> int:
@@ -132,6 +116,61 @@ def inspect(name: str, flags) -> int:
     """`keras-lowbit inspect`."""
     del flags
     print(inspection(name))
+    return 0
+
+
+def zoo_list(pattern: str, flags) -> int:
+    """`keras-lowbit zoo list`."""
+    del flags
+    names = zoo.list(pattern or "*")
+    if not names:
+        raise ValueError(f"no released model matches {pattern!r}; known: {', '.join(zoo.list())}")
+    rows = []
+    for entry in map(zoo.info, names):
+        file, size = next(iter(entry.file_bytes.items()))
+        cells = (f"{entry.accuracy[file]:.2%}", f"{entry.bytes:,}", f"{size:,}")
+        rows.append((entry.name, entry.scheme, entry.data, *cells))
+    print(table("", ("model", "bits", "data", "accuracy", "packed bytes", "file bytes"), rows))
+    return 0
+
+
+def zoo_info(name: str, flags) -> int:
+    """`keras-lowbit zoo info`."""
+    del flags
+    print(zoo.info(name))
+    return 0
+
+
+def zoo_export(name: str, flags) -> int:
+    """`keras-lowbit zoo export`."""
+    zoo.info(name)  # a wrong name is told before a missing flag
+    out = _tflite_output(flags)
+    return _exported(zoo.load(name), name, out, flags)
+
+
+def _tflite_output(flags):
+    """Where `--out` says, checked before work starts."""
+    _required(flags, "out")
+    return files.checked_output(flags.out, ".tflite", flags.overwrite)
+
+
+def _exported(model, name, out, flags):
+    """Convert, compare every code, and write the file if none is wrong; the exit code."""
+    data = None
+    if flags.data and flags.verify_images:
+        data = files.load_data(flags.data, files.image_shape(model), name)
+    options = {"target": flags.target, "weights": flags.weights}
+    options |= {"input_type": flags.input_type, "output_type": flags.output_type}
+    result = tflite_export.convert(model, **options)
+    if flags.verify_images:
+        result = result.verified(_verification_images(result, data, flags.verify_images))
+    print(result)
+    if result.mismatches:
+        print(f"error: {result.mismatches} wrong codes; {out} was not written", file=sys.stderr)
+        return FAILED
+    with files.replacing(out) as temporary:
+        temporary.write_bytes(result.content)
+    print(out)
     return 0
 
 

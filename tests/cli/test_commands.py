@@ -1,4 +1,4 @@
-"""`quantize`, `evaluate`, `export`, `check`, `inspect`, and what bad input gets."""
+"""`quantize`, `evaluate`, `export`, `check`, `inspect`, `zoo`, and what bad input gets."""
 
 import json
 import re
@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import tflite_export
-from keras_lowbit import freeze
+from keras_lowbit import freeze, zoo
 from keras_lowbit.cli import files
 
 pytestmark = pytest.mark.runtime
+RELEASED = "resnet8_cifar10_w4a4"
 
 
 def test_quantize_writes_a_calibrated_model_that_exports(run, made, tmp_path):
@@ -125,6 +126,33 @@ def test_inspect_shows_a_frozen_model(run, made, tmp_path):
     assert (outcome.code, "frozen Keras model" in outcome.out) == (0, True)
 
 
+@pytest.mark.once
+def test_zoo_list_shows_released_models_by_pattern(run):
+    def names(*pattern):
+        outcome = run("zoo", "list", *pattern)
+        assert outcome.code == 0
+        return [line.split("|")[1].strip() for line in outcome.out.splitlines() if "%" in line]
+
+    assert names() == zoo.list()
+    assert names("resnet8*") == zoo.list("resnet8*") != zoo.list()
+
+
+@pytest.mark.once
+def test_zoo_info_says_what_is_known(run):
+    outcome = run("zoo", "info", RELEASED)
+    assert (outcome.code, outcome.out) == (0, f"{zoo.info(RELEASED)}\n")
+
+
+def test_zoo_export_writes_the_file_of_the_loaded_model(run, tmp_path):
+    out = tmp_path / "m.tflite"
+    flags = ("--weights=int4", "--verify_images=1", "--input_type=uint8")
+    outcome = run("zoo", "export", RELEASED, "--out", out, *flags)
+    assert outcome.code == 0, outcome.err
+    assert "0 wrong of" in outcome.out
+    options = {"weights": "int4", "input_type": "uint8"}
+    assert out.read_bytes() == tflite_export.convert(zoo.load(RELEASED), **options).content
+
+
 BAD = [
     (["inspect", "{tmp}/no.keras"], "no.keras: no such file"),
     (["inspect", "{tmp}/no.tflite"], "no.tflite: no such file"),
@@ -181,6 +209,13 @@ BAD = [
         "images of 9x9x1 pixels",
     ),
     (["check", "{made}/w4a4.tflite"], "expected a .keras file"),
+    (["zoo", "info", "resnet8_cifar10_w4a3"], "w4a3'. Did you mean 'resnet8_cifar10_w"),
+    (["zoo", "export", "resnet8_cifar"], "No released model 'resnet8_cifar'"),
+    (["zoo", "export", RELEASED], "--out must be given"),
+    (["zoo", "export", RELEASED, "--out={tmp}/there.tflite"], "exists already"),
+    (["zoo", "list", "vgg*"], "no released model matches 'vgg*'; known: resnet20_cifar10_w8a8"),
+    (["zoo", "list", "a", "b"], "takes one [PATTERN]. Got a b"),
+    (["zoo", "lst"], "unknown command 'zoo lst'. Did you mean 'zoo list'?"),
     (["train", "{tmp}/no.toml"], "no.toml: cannot be read"),
     (["train", "{tmp}/typo.toml"], "unknown key 'epoch'"),
     (["train"], "takes one CONFIG. Got nothing"),

@@ -39,6 +39,9 @@ def test_help_names_every_command(run):
         ("--help", 0),
         ("--version", 0),
         ("train --help", 0),
+        ("zoo --help", 0),
+        ("zoo export --help", 0),
+        ("zoo export", 2),
         ("export", 2),
         ("export x --weights 3", 2),
     ],
@@ -53,15 +56,23 @@ def test_help_and_flag_errors_need_no_keras(line, code):
     assert done.stdout.splitlines()[-1] == f"False {code}"
 
 
-def test_no_command_shows_the_help_and_fails(run):
-    outcome = run()
+@pytest.mark.parametrize("line", [(), ("zoo",)])
+def test_no_command_shows_the_help_and_fails(run, line):
+    outcome = run(*line)
     assert (outcome.code, "usage: keras-lowbit" in outcome.out) == (2, True)
+
+
+def test_help_of_a_group_names_its_commands_only(run):
+    outcome = run("zoo", "--help")
+    assert outcome.code == 0
+    assert all(f"  zoo {name} " in outcome.out for name in ("list", "info", "export"))
+    assert "  train " not in outcome.out
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_of_a_command_names_its_flags(run, name, flag):
-    outcome = run(name, flag)
+    outcome = run(*name.split(), flag)
     assert outcome.code == 0
     assert outcome.out.startswith(f"usage: keras-lowbit {name} {COMMANDS[name].argument}")
     for known in COMMANDS[name].flags():
@@ -70,7 +81,7 @@ def test_help_of_a_command_names_its_flags(run, name, flag):
 
 
 def test_every_command_has_a_function():
-    assert all(callable(getattr(handlers, name)) for name in COMMANDS)
+    assert all(callable(getattr(handlers, c.function)) for c in COMMANDS.values())
 
 
 def test_version(run):
