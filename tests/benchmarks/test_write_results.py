@@ -63,7 +63,7 @@ def test_a_conversion_is_shown_with_its_memory():
 def test_a_training_step_is_held_to_its_bar(ratio, reached):
     found = {"backend": "torch", "processor": "x", "scheme": "w4a4"}
     found["resnet20"] = {"float plain": 0.4, "w4a4 plain": 0.5, "ratio": ratio}
-    row = f"| resnet20 | float plain 400 ms, w4a4 plain 500 ms | {ratio:.2f} | 0.8 | {reached} |"
+    row = f"| resnet20 | float plain 400 ms, w4a4 plain 500 ms | {ratio:.2f} | 0.8 | {reached} | |"
     assert lines(cost_parts.step_part(found))[-1] == row
 
 

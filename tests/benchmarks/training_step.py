@@ -1,15 +1,17 @@
 """Time of one training step, quantized over float, alternating in one process.
 
     KERAS_BACKEND=tensorflow python tests/benchmarks/training_step.py [--nets resnet20]
-        [--rounds 7] [--json OUT]
+        [--rounds 7] [--keras-ops] [--json OUT]
 
 Prints absolute times and the ratio of the fastest quantized to the fastest float form. Medians of
-alternating steps; run it on an idle machine.
+alternating steps; run it on an idle machine. `--keras-ops` also times the quantized model without
+this library's faster forms of its operations (`numerics.backend`), for their gain.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -18,6 +20,7 @@ import keras
 import numpy as np
 
 import keras_lowbit as klb
+from keras_lowbit.numerics import backend
 from keras_lowbit.progress import table
 from tests.benchmarks.clock import alternate, fastest, processor
 
@@ -32,12 +35,29 @@ def float_net(name):
     return klb.zoo.build(name, input_shape=shape)
 
 
+@contextlib.contextmanager
+def keras_ops_only():
+    """Inside the block operations take their plain form in `keras.ops`."""
+    fast = backend._fast
+    backend._fast = lambda *_: None
+    try:
+        yield
+    finally:
+        backend._fast = fast
+
+
+def step_in_keras_ops(model, x, y):
+    """A training step in the plain form; on TensorFlow the first one decides for all."""
+    with keras_ops_only():
+        return model.train_on_batch(x, y)
+
+
 def forms(name, scheme, wanted):
     """`{label: compiled model}`; one that Keras compiles whole and one that it does not."""
-    backend = keras.backend.backend()
     shape, _ = NETS[name]
     images = np.random.default_rng(0).integers(0, 256, (16, *shape)).astype("float32")
-    choices = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}[backend]
+    choices = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}
+    choices = choices[keras.backend.backend()]
     made = {}
     for jit in choices if wanted == "all" else (wanted == "jit",):
         net = float_net(name)
@@ -53,7 +73,7 @@ def forms(name, scheme, wanted):
     return made
 
 
-def measure(name, scheme, rounds, wanted):
+def measure(name, scheme, rounds, wanted, plain_too):
     """Median seconds of a step by form."""
     shape, batch = NETS[name]
     random = np.random.default_rng(1)
@@ -61,9 +81,13 @@ def measure(name, scheme, rounds, wanted):
     y = random.integers(0, 10, batch)
     models = forms(name, scheme, wanted)
     # `train_on_batch` returns numbers, so a step is done when it returns.
-    return alternate(
-        {form: functools.partial(m.train_on_batch, x, y) for form, m in models.items()}, rounds
-    )
+    steps = {form: functools.partial(m.train_on_batch, x, y) for form, m in models.items()}
+    if plain_too:
+        for (kind, form), model in forms(name, scheme, wanted).items():
+            if kind != "float":
+                label = (f"{kind}, keras.ops", form)
+                steps[label] = functools.partial(step_in_keras_ops, model, x, y)
+    return alternate(steps, rounds)
 
 
 def main():
@@ -72,12 +96,12 @@ def main():
     parser.add_argument("--scheme", default="w4a4")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--forms", default="all", choices=("all", "plain", "jit"))
+    parser.add_argument("--keras-ops", action="store_true")
     parser.add_argument("--json", "--out", dest="json")
     given = parser.parse_args()
-    backend = keras.backend.backend()
     rows, kept = [], {}
     for name in given.nets:
-        found = measure(name, given.scheme, given.rounds, given.forms)
+        found = measure(name, given.scheme, given.rounds, given.forms, given.keras_ops)
         best = fastest(found)
         ratio = best["float"] / best[given.scheme]
         for (kind, form), seconds in found.items():
@@ -86,10 +110,19 @@ def main():
             )
         rows.append((name, "speed, quantized over float", "fastest", "", f"{ratio:.2f}"))
         kept[name] = {f"{k} {f}": s for (k, f), s in found.items()} | {"ratio": ratio}
-    title = f"one training step on {backend}, {processor()}"
+        if given.keras_ops:
+            gain = best[f"{given.scheme}, keras.ops"] / best[given.scheme]
+            rows.append((name, "speed, quantized over its keras.ops form", "", "", f"{gain:.2f}"))
+            kept[name]["gain"] = gain
+    where = {"backend": keras.backend.backend(), "processor": processor(), "scheme": given.scheme}
+    title = f"one training step on {where['backend']}, {where['processor']}"
     print(table(title, ("net", "model", "form", "ms", "images/s"), rows))
     if given.json:
-        kept |= {"backend": backend, "processor": processor(), "scheme": given.scheme}
+        kept |= {
+            "backend": keras.backend.backend(),
+            "processor": processor(),
+            "scheme": given.scheme,
+        }
         Path(given.json).write_text(json.dumps(kept, indent=1) + "\n")
 
 
