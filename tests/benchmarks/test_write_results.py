@@ -67,6 +67,19 @@ def test_a_training_step_is_held_to_its_bar(ratio, reached):
     assert lines(cost_parts.step_part(found))[-1] == row
 
 
+@pytest.mark.parametrize(
+    ("ratio", "gain", "reached"),
+    [
+        (0.75, 1.25, "yes, by gain: keras.ops 0.60 here, 0.73 there"),
+        (0.75, 1.24, "NO"),
+    ],
+)
+def test_where_keras_ops_are_slow_a_quarter_above_them_is_the_bar(ratio, gain, reached):
+    found = {"backend": "torch", "processor": "x", "scheme": "w4a4"}
+    found["resnet20"] = {"float plain": 0.4, "ratio": ratio, "gain": gain}
+    assert lines(cost_parts.step_part(found))[-1].endswith(f"| {reached} | {gain:.2f} |")
+
+
 def test_a_reconstruction_is_held_to_both_its_bars():
     before = {"agreement": 0.95, "snr_db": 13.0, "accuracy": 0.9, "interval": (0.8, 0.95)}
     run = {"scheme": "w8a8", "steps": 60, "images": 500, "float_accuracy": 0.902}
