@@ -21,6 +21,7 @@ from keras_lowbit.cli.methods import (
     Methods,
     SnapLevels,
     callbacks_of,
+    stage_images,
     stages_of,
 )
 from keras_lowbit.distillation import MutualDistiller
@@ -60,7 +61,6 @@ def fit(
     methods = methods or Methods()
     batches = _batches(train, dataset)
     logits = ends_in_logits(model)
-    images = np.asarray(dataset.x_train[: STAGE_BATCHES * train.batch_size])
     learner = model
     if train.distill and teacher is not None:
         if not logits:
@@ -81,11 +81,12 @@ def fit(
         return [ScaleGuard(), HistoryFile(history), batches.follow_epochs()]
 
     if methods.cycles:
+        images = stage_images(train, dataset.x_train)
         _fit_cycles(
             learner, batches, train, methods, watching, images, compile_options, backup, options
         )
     else:
-        callbacks = [*watching(), *callbacks_of(methods, train, images)]
+        callbacks = [*watching(), *callbacks_of(methods, train, dataset.x_train)]
         if train.bit_descent:
             plan = {int(epoch): bits for epoch, bits in train.bit_descent.items()}
             callbacks.append(BitDescent(plan, verbose=int(bool(verbose))))

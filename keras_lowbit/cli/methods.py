@@ -149,7 +149,12 @@ def stages_of(methods: Methods, train) -> tuple[StagePlan, Stage | None]:
     return plan, Stage("float", None, None, methods.return_epochs, train.learning_rate)
 
 
-def callbacks_of(methods: Methods, train, images: np.ndarray) -> list[keras.callbacks.Callback]:
+def stage_images(train, images) -> np.ndarray:
+    """Training images for the batch norms of a stage; a folder is read only that far."""
+    return np.asarray(images[: STAGE_BATCHES * train.batch_size])
+
+
+def callbacks_of(methods: Methods, train, images) -> list[keras.callbacks.Callback]:
     """Callbacks of one `fit`; `images` are for batch norms where kernels turn ternary."""
     made: list[keras.callbacks.Callback] = []
     if methods.two_stage:
@@ -159,7 +164,7 @@ def callbacks_of(methods: Methods, train, images: np.ndarray) -> list[keras.call
     if methods.pull:
         phases = TernaryPhases(
             methods.switch_epoch,
-            images[: STAGE_BATCHES * train.batch_size],
+            stage_images(train, images),
             strength=methods.pull,
             batch_size=train.batch_size,
         )
