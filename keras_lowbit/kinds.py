@@ -30,6 +30,7 @@ _LAYERS = {
     K.GlobalAveragePooling2D: "global_average_pool",
     K.ZeroPadding2D: "pad",
     K.BatchNormalization: "batch_norm",
+    layers.BatchNormalization: "batch_norm",
     K.Flatten: "reshape",
     K.Reshape: "reshape",
     K.Dropout: "dropout",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import keras
 
-from keras_lowbit.callbacks.sites import checked_count, sites_of
+from keras_lowbit.callbacks.sites import checked_count, half_cosine, sites_of
 from keras_lowbit.quantizers import ChannelBalanced
 
 
@@ -45,6 +43,5 @@ class ChannelBalanceDecay(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         """Set the balance of this epoch."""
         epochs = self.epochs or self.params.get("epochs") or epoch + 1
-        share = 0.5 * (1.0 + math.cos(math.pi * min(epoch / epochs, 1.0)))
         for quantizer in self._found:
-            quantizer.balance.assign(quantizer.weight * share)
+            quantizer.balance.assign(quantizer.weight * (1.0 - half_cosine(epoch / epochs)))

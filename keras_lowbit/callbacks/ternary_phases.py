@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.callbacks.penalties import attach_penalties, kernels_of
-from keras_lowbit.callbacks.sites import checked_count, half_cosine
+from keras_lowbit.callbacks.sites import check_switch, checked_count, half_cosine
 from keras_lowbit.callbacks.switches import add_switches
 from keras_lowbit.quantizers import Ternary
 from keras_lowbit.regularizers import CosineTernaryRegularizer
@@ -125,12 +125,7 @@ class TernaryPhases(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Check the switch against the number of epochs."""
-        epochs = self.params.get("epochs")
-        if epochs is not None and self.switch_epoch >= epochs:
-            raise ValueError(
-                f"TernaryPhases: phase T begins at epoch {self.switch_epoch}, which never comes: "
-                f"fit runs epochs 0 to {epochs - 1}. Switch earlier or train longer"
-            )
+        check_switch(self, "phase T")
 
     def strength_at(self, epoch: int) -> float:
         """Lambda of an epoch."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import keras
 
-from keras_lowbit.callbacks.sites import checked_count, sites_of
+from keras_lowbit.callbacks.sites import check_switch, checked_count, sites_of
 from keras_lowbit.callbacks.switches import add_switches
 
-# Which role waits for the second stage.
-_LATER = {"weights_first": "activation", "activations_first": "kernel"}
+# Orders, and the role that waits for the second stage.
+LATER = {"weights_first": "activation", "activations_first": "kernel"}
 
 
 class TwoStage(keras.callbacks.Callback):
@@ -42,15 +42,15 @@ class TwoStage(keras.callbacks.Callback):
     def __init__(self, switch_epoch: int, order: str = "weights_first"):
         super().__init__()
         self.switch_epoch = checked_count(switch_epoch, who="TwoStage: switch_epoch", least=1)
-        if order not in _LATER:
-            raise ValueError(f"TwoStage: order must be one of {[*_LATER]}. Got {order!r}")
+        if order not in LATER:
+            raise ValueError(f"TwoStage: order must be one of {[*LATER]}. Got {order!r}")
         self.order = order
         self._waiting = []
 
     def set_model(self, model):
         """Find what waits, and give it switches before the step is compiled."""
         super().set_model(model)
-        role = _LATER[self.order]
+        role = LATER[self.order]
         self._waiting = [s.quantizer for s in sites_of(model) if s.quantizer.role == role]
         add_switches(model, self._waiting)
 
@@ -58,15 +58,10 @@ class TwoStage(keras.callbacks.Callback):
         """Check against the model and the number of epochs."""
         if not self._waiting:
             raise ValueError(
-                f"TwoStage: {self.model.name} has no quantizer of {_LATER[self.order]}s to switch. "
+                f"TwoStage: {self.model.name} has no quantizer of {LATER[self.order]}s to switch. "
                 "Quantize it first, such as quantize_model(model, 'w4a4')"
             )
-        epochs = self.params.get("epochs")
-        if epochs is not None and self.switch_epoch >= epochs:
-            raise ValueError(
-                f"TwoStage: the second stage begins at epoch {self.switch_epoch}, which never "
-                f"comes: fit runs epochs 0 to {epochs - 1}. Switch earlier or train longer"
-            )
+        check_switch(self, "the second stage")
 
     def on_epoch_begin(self, epoch, logs=None):
         """Switch, unless it is so."""

@@ -61,6 +61,9 @@ def fit(
     methods = methods or Methods()
     batches = _batches(train, dataset)
     logits = ends_in_logits(model)
+    loss = keras.losses.SparseCategoricalCrossentropy
+    if train.mixup:
+        loss = keras.losses.CategoricalCrossentropy
     learner = model
     if train.distill and teacher is not None:
         if not logits:
@@ -69,10 +72,11 @@ def fit(
         learner = made(teacher, model, train)
     validation = None
     if held_out is not None:
-        validation = datasets.Batches(held_out.x_test, held_out.y_test, train.batch_size)
+        targets = _targets(train, held_out.y_test, held_out.num_classes)
+        validation = datasets.Batches(held_out.x_test, targets, train.batch_size)
     options = {"validation_data": validation, "verbose": verbose, "shuffle": False}
     compile_options = {
-        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=logits),
+        "loss": loss(from_logits=logits),
         "metrics": ["accuracy"],
         "jit_compile": jit_compile_for(model, train.xla),
     }
@@ -128,16 +132,23 @@ def _fit_cycles(
 
 
 def _batches(train, dataset):
-    """Shuffled images, shifted and mirrored if the recipe says so."""
+    """Shuffled images, shifted, mirrored, cut and mixed if the recipe says so."""
     return datasets.AugmentedBatches(
         dataset.x_train,
-        dataset.y_train,
+        _targets(train, dataset.y_train, dataset.num_classes),
         train.batch_size,
         seed=train.seed,
         flip=train.augment and train.flip,
         pad=train.shift if train.augment else 0,
         drop_remainder=True,
+        cutout=train.cutout,
+        mixup=train.mixup,
     )
+
+
+def _targets(train, labels, classes):
+    """Labels, or for mixtures their probabilities `(n, classes)`."""
+    return keras.utils.to_categorical(labels, classes) if train.mixup else labels
 
 
 def _optimizer(train, epoch_steps, learner):

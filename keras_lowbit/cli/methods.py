@@ -13,11 +13,12 @@ from keras_lowbit.callbacks import (
     TernaryPhases,
     TwoStage,
 )
+from keras_lowbit.callbacks.two_stage import LATER
 from keras_lowbit.scheme import TERNARY
 from keras_lowbit.training import Stage, StagePlan
 from keras_lowbit.transform import snap_levels
 
-ORDERS = ("", "weights_first", "activations_first")
+ORDERS = ("", *LATER)
 # Batches for the batch norms at the entry of a stage, as in `CyclicTraining`.
 STAGE_BATCHES = 50
 

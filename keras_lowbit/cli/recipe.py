@@ -73,7 +73,9 @@ class Train:
     """One `fit`: SGD with momentum, cosine schedule after a linear warm-up of `warmup` epochs.
 
     `clipnorm`: largest norm of all gradients together, 0 for no limit.
-    `augment` shifts images by up to `shift` pixels and, with `flip`, mirrors half of them.
+    `augment` shifts images by up to `shift` pixels and, with `flip`, mirrors half of them; `cutout`
+    is the side in pixels of a square set to zero, `mixup` the parameter of the beta distribution by
+    which two images and their targets are mixed; 0 for none.
     `bit_descent` maps an epoch (a string in TOML) to bits. `distill` mixes in the logits of the
     float model: loss = (1 - distill) * cross-entropy + distill * T^2 * KL(teacher, student).
     `reestimate_batches`: batches of training images for batch-norm statistics after the last epoch.
@@ -93,6 +95,8 @@ class Train:
     augment: bool = True
     flip: bool = True
     shift: int = 4
+    cutout: int = 0
+    mixup: float = 0.0
     bit_descent: dict[str, int] = field(default_factory=dict)
     distill: float = 0.0
     temperature: float = 1.0
@@ -283,6 +287,8 @@ _LEAST = {
     "clipnorm": 0.0,
     "warmup": 0.0,
     "shift": 0,
+    "cutout": 0,
+    "mixup": 0.0,
     "reestimate_batches": 0,
     "seed": 0,
 }
@@ -299,6 +305,8 @@ def _check_fit(train, where):
         raise ValueError(
             f"{where}: warmup must be shorter than the {train.epochs} epochs. Got {train.warmup}"
         )
+    if (train.cutout or train.mixup) and not train.augment:
+        raise ValueError(f"{where}: cutout and mixup need augment = true")
     for epoch, bits in train.bit_descent.items():
         if not epoch.isdecimal() or int(epoch) >= max(train.epochs, 1):
             raise ValueError(

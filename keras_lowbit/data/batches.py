@@ -7,13 +7,15 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_lowbit.data.mixing import cut_out, mix_up
+
 
 class Batches(keras.utils.PyDataset):
     """Images in order, in batches; also for images that are read on demand.
 
     Args:
         x: images `(n, height, width, channels)`: an array or `LazyImages`.
-        y: labels `(n,)`.
+        y: labels `(n,)`, or probabilities `(n, classes)`.
         batch_size: images a batch; the last batch may be smaller.
 
     Raises:
@@ -42,7 +44,7 @@ class Batches(keras.utils.PyDataset):
 
 
 class AugmentedBatches(Batches):
-    """Shuffled batches of randomly shifted and mirrored images.
+    """Shuffled batches of randomly shifted and mirrored images, cut and mixed if asked for.
 
     A batch depends on `(seed, epoch, position in the epoch)` only, so a run that resumes sees the
     batches that it would have seen, in the same order. `epoch` counts up by itself after each
@@ -56,16 +58,20 @@ class AugmentedBatches(Batches):
 
     Args:
         x: images `(n, height, width, channels)`: an array or `LazyImages`.
-        y: labels `(n,)`.
+        y: labels `(n,)`, or probabilities `(n, classes)`, which `mixup` needs.
         batch_size: images a batch.
         seed: start of all randomness.
         flip: whether half of the images are mirrored left and right.
         pad: pixels; the largest shift. Zeros move in at the borders.
         drop_remainder: leave the last, smaller batch out, so that a compiled step meets one
             shape only.
+        cutout: pixels; side of a square that is set to zero at a random place, 0 for none.
+        mixup: both parameters of the beta distribution of an image's share in its mixture with
+            another of the batch, 0 for no mixing.
 
     Raises:
-        ValueError: as `Batches`; `pad` is negative; `drop_remainder` leaves no batch.
+        ValueError: as `Batches`; `pad`, `cutout` or `mixup` is negative; `drop_remainder` leaves no
+            batch; `mixup` with labels instead of probabilities.
     """
 
     def __init__(
@@ -77,10 +83,22 @@ class AugmentedBatches(Batches):
         flip: bool = True,
         pad: int = 4,
         drop_remainder: bool = False,
+        cutout: int = 0,
+        mixup: float = 0.0,
     ):
         super().__init__(x, y, batch_size)
-        if pad < 0:
-            raise ValueError(f"AugmentedBatches: pad must be 0 or more pixels. Got {pad}")
+        for name, value, unit in (
+            ("pad", pad, " pixels"),
+            ("cutout", cutout, " pixels"),
+            ("mixup", mixup, ""),
+        ):
+            if not value >= 0:
+                raise ValueError(f"AugmentedBatches: {name} must be 0 or more{unit}. Got {value}")
+        if mixup and self.y.ndim != 2:
+            raise ValueError(
+                "AugmentedBatches: mixup mixes probabilities (n, classes); "
+                f"got labels {self.y.shape}. keras.utils.to_categorical makes them"
+            )
         if drop_remainder and len(x) < batch_size:
             raise ValueError(
                 f"AugmentedBatches: {len(x)} images make no batch of {batch_size}. "
@@ -88,6 +106,7 @@ class AugmentedBatches(Batches):
             )
         self.seed, self.flip, self.pad = seed, flip, pad
         self.drop_remainder = drop_remainder
+        self.cutout, self.mixup = cutout, mixup
         self.epoch = 0
         self._order = (-1, np.empty(0, int))
         self._positions: dict[int, int] | None = None
@@ -107,7 +126,15 @@ class AugmentedBatches(Batches):
         flipped = rng.integers(0, 2, len(chosen)) == 1
         if not self.flip:
             flipped[:] = False
-        return crop_flip_numpy(self.x[chosen], top, left, flipped, self.pad), self.y[chosen]
+        images = crop_flip_numpy(self.x[chosen], top, left, flipped, self.pad)
+        targets = self.y[chosen]
+        if self.cutout:
+            rows, columns = (rng.integers(0, size, len(chosen)) for size in images.shape[1:3])
+            images = cut_out(images, rows, columns, self.cutout)
+        if self.mixup:
+            shares = rng.beta(self.mixup, self.mixup, len(chosen))
+            images, targets = mix_up(images, targets, rng.permutation(len(chosen)), shares)
+        return images, targets
 
     def _permutation(self, epoch: int) -> np.ndarray:
         # Read and replaced as one value: Keras fetches batches from a thread of its own.

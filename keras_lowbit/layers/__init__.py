@@ -1,5 +1,6 @@
 """Quantized layers and the borders between reals and codes."""
 
+from keras_lowbit.layers.batch_norm import BatchNormalization
 from keras_lowbit.layers.border import Dequantize, Quantize
 from keras_lowbit.layers.conv import (
     QuantizedConv2D,
@@ -9,6 +10,7 @@ from keras_lowbit.layers.conv import (
 from keras_lowbit.layers.dense import QuantizedDense
 
 __all__ = [
+    "BatchNormalization",
     "Dequantize",
     "Quantize",
     "QuantizedConv2D",

@@ -114,5 +114,24 @@ def _conv(operation, codes, kernel, scale, strides, padding, dilation_rate):
     return _scaled(plain, scale)
 
 
+def batch_norm(x, gamma, beta, epsilon):
+    """`(normalized x, mean, variance)` by the moments of the batch, or `None`: the plain form.
+
+    Args:
+        x: shape `(batch, height, width, channels)`, float32.
+        gamma: shape `(channels,)`; `None` for ones.
+        beta: shape `(channels,)`; `None` for zeros.
+        epsilon: added to the variance.
+
+    Returns:
+        `None` where the backend has no faster form than Keras' own, else `x` normalized and the
+        moments, shape `(channels,)`, the variance that of the batch itself (divided by n).
+
+    Gradient:
+        Of the normalized values, through the moments too; none of the moments that are returned.
+    """
+    return _fast("batch_norm", x, gamma, beta, epsilon)
+
+
 def _scaled(product, scale):
     return product if scale is None else product * ops.stop_gradient(scale)

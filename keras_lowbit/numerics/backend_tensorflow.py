@@ -187,3 +187,26 @@ def depthwise_conv(codes, kernel, scale, strides, padding, dilation_rate):
 def matmul(codes, kernel, scale):
     """Always `None`: a dense layer's input is small, or its product large against the scaling."""
     return None
+
+
+def batch_norm(x, gamma, beta, epsilon):
+    """Normalized `x` and its moments, as `numerics.backend.batch_norm`."""
+    if not _covers(x) or x.shape[-1] is None:
+        return None
+    channels = x.shape[-1]
+    gamma = tf.ones(channels) if gamma is None else _tensor(gamma)
+    beta = tf.zeros(channels) if beta is None else _tensor(beta)
+    outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=x,
+        scale=gamma,
+        offset=beta,
+        mean=tf.zeros(0),
+        variance=tf.zeros(0),
+        epsilon=epsilon,
+        data_format="NHWC",
+        is_training=True,
+    )
+    count = tf.cast(tf.size(x), tf.float32) / channels
+    # The operation divides by n - 1, with 1 in place of 0.
+    biased = variance * (tf.maximum(count - 1.0, 1.0) / count)
+    return outputs, tf.stop_gradient(mean), tf.stop_gradient(biased)

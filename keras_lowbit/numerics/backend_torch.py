@@ -253,3 +253,20 @@ class _Matmul(torch.autograd.Function):
         rows = codes.reshape(-1, codes.shape[-1]).mT
         to_kernel = torch.matmul(rows, gradient.reshape(-1, gradient.shape[-1])) * scale
         return to_codes, to_kernel, None
+
+
+def batch_norm(x, gamma, beta, epsilon):
+    """Normalized `x` and its moments, as `numerics.backend.batch_norm`."""
+    gamma, beta = (v.value if isinstance(v, keras.Variable) else v for v in (gamma, beta))
+    if not _covers(x, *(v for v in (gamma, beta) if v is not None)):
+        return None
+    channels = x.shape[-1]
+    count = x.numel() // max(channels, 1)
+    if count < 2:
+        return None
+    mean, variance = x.new_zeros(channels), x.new_zeros(channels)
+    outputs = torch.nn.functional.batch_norm(
+        _channels_first(x), mean, variance, gamma, beta, training=True, momentum=1.0, eps=epsilon
+    )
+    # The operation divides by n - 1.
+    return outputs.permute(0, 2, 3, 1), mean, variance * ((count - 1) / count)

@@ -30,6 +30,9 @@ _QUANTIZED = {
     keras.layers.Dense: layers.QuantizedDense,
 }
 
+# The same layer in training and in the file, sooner done.
+_IN_PLACE_OF = {keras.layers.BatchNormalization: layers.BatchNormalization}
+
 
 def quantize_model(model, scheme="w8a8", *, input_range=None, name=None) -> keras.Model:
     """A quantized copy of a functional, Sequential or nested model.
@@ -287,7 +290,7 @@ class _Builder:
             config = original.get_config()
             if isinstance(original, keras.layers.Layer):
                 config["name"] = self._name(call.name)
-            operation = type(original).from_config(config)
+            operation = _IN_PLACE_OF.get(type(original), type(original)).from_config(config)
             if not isinstance(original, keras.layers.Layer):
                 # Keras counts on from names in use, which may be those of copied layers.
                 operation.name = self._name(call.name)

@@ -22,9 +22,8 @@ STEP_BARS = {
 def step_part(found):
     """Training steps of one backend."""
     rows = []
-    for net, times in found.items():
-        if not isinstance(times, dict):
-            continue
+    nets = {net: times for net, times in found.items() if isinstance(times, dict)}
+    for net, times in nets.items():
         ratios = ("ratio", "gain")
         each = [f"{form} {1000 * s:.0f} ms" for form, s in times.items() if form not in ratios]
         bar = STEP_BARS.get((found["backend"], net))
@@ -34,7 +33,7 @@ def step_part(found):
         rows.append((net, ", ".join(each), f"{times['ratio']:.2f}", bar or "", reached, gain))
     columns = ("net", "times", "speed over float", "bar", "reached", "speed over keras.ops alone")
     return [
-        f"## Training step on {found['backend']}\n",
+        f"## Training step of {' and '.join(nets)} on {found['backend']}\n",
         "`python tests/benchmarks/training_step.py --keras-ops`",
         f"`--json docs/results/step_BACKEND.json`: {found['scheme']} over the same",
         f"float model, steps in turn, medians, {found['processor']}.\n",

@@ -5,7 +5,8 @@
 
 Prints absolute times and the ratio of the fastest quantized to the fastest float form. Medians of
 alternating steps; run it on an idle machine. `--keras-ops` also times the quantized model without
-this library's faster forms of its operations (`numerics.backend`), for their gain.
+this library's faster forms of its operations (`numerics.backend`), for their gain. Both nets train
+as under `keras-lowbit train`: the allocator keeps memory between steps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import keras
 import numpy as np
 
 import keras_lowbit as klb
+from keras_lowbit.cli.allocator import keep_memory
 from keras_lowbit.numerics import backend
 from keras_lowbit.progress import table
 from tests.benchmarks.clock import alternate, fastest, processor
@@ -99,6 +101,7 @@ def main():
     parser.add_argument("--keras-ops", action="store_true")
     parser.add_argument("--json", "--out", dest="json")
     given = parser.parse_args()
+    keep_memory()
     rows, kept = [], {}
     for name in given.nets:
         found = measure(name, given.scheme, given.rounds, given.forms, given.keras_ops)

@@ -53,6 +53,21 @@ def test_train_writes_models_files_history_and_metrics(run, recipe, tmp_path):
     assert metrics["recipe"]["train"]["bit_descent"] == {"0": 8, "1": 6, "2": 4}
 
 
+def test_cut_and_mixed_images_train_with_a_teacher_and_without(run, recipe, tmp_path):
+    losses = []
+    for name, more in (("plain", {}), ("taught", {"distill": 0.5})):
+        train = {"epochs": 1, "cutout": 3, "mixup": 0.5, **more}
+        path = recipe(data={"holdout": 128}, train=train)
+        assert run("train", path, "--out", tmp_path / name).code == 0
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        (row,) = metrics["history"]
+        losses.append(row["loss"])
+        # Held-out images stay as they are, with probabilities for labels: accuracy is of classes.
+        assert (row["val_accuracy"] * 128) % 1 == pytest.approx(0, abs=1e-3)
+        assert metrics["files"]["model_int8.tflite"]["wrong_codes"] == 0
+    assert np.isfinite(losses).all()
+
+
 def test_a_finished_run_is_left_as_it_is(run, recipe, tmp_path, contents, monkeypatch):
     path, out = recipe(), tmp_path / "out"
     assert run("train", path, "--out", out, "--epochs=1").code == 0
