@@ -178,8 +178,10 @@ def overview(known) -> str:
 def card(entry: registry.Entry, metrics) -> str:
     """A model card."""
     recipe, accuracy = metrics["recipe"], metrics["accuracy"]
-    train = recipe["train"]
-    rows = [(kind, f"{s['accuracy']:.2%}", _interval(s)) for kind, s in accuracy.items()]
+    rows = [
+        (kind, f"{s['accuracy']:.2%}", _interval(s), _share(s.get("float_agreement")))
+        for kind, s in accuracy.items()
+    ]
     files = [
         (kind, f"{size:,}", _wrong(metrics["files"][f"model_{kind}.tflite"]))
         for kind, size in entry.file_bytes.items()
@@ -195,15 +197,13 @@ def card(entry: registry.Entry, metrics) -> str:
             f"{entry.classes} classes.",
             f"* Bits: {entry.scheme}, first and last layer at {recipe['quantize']['ends_bits']}.",
             f"* Data: {metrics['data']}. {recipe['data']['holdout']} training images were set "
-            "aside for choices.",
-            f"* Recipe: `configs/{recipe['name']}.toml`: {train['epochs']} epochs, batch "
-            f"{train['batch_size']}, rate {train['learning_rate']}, distillation "
-            f"{train['distill']}, seed {train['seed']}; {metrics['train_seconds']:.0f} s of "
-            f"training on {metrics['backend']}.",
+            f"aside for choices. {recipe['data'].get('about', '')}".rstrip(),
+            f"* Recipe: `configs/{recipe['name']}.toml`: {how(recipe)}; "
+            f"{metrics['train_seconds']:.0f} s on {metrics['backend']}.",
             f"* Starting weights: {entry.origin}.",
             f"* Versions: {versions}.\n",
             f"## Accuracy on {images:,} {metrics['judged_on']}\n",
-            table("", ("model", "accuracy", "95 % interval"), rows).strip(),
+            table("", ("model", "accuracy", "95 % interval", "same as float"), rows).strip(),
             "",
             "## Files\n",
             f"Packed checkpoint: {entry.bytes:,} bytes.\n",
@@ -215,6 +215,27 @@ def card(entry: registry.Entry, metrics) -> str:
             "",
         ]
     )
+
+
+def how(recipe) -> str:
+    """What a recipe does, in a line."""
+    train, blocks = recipe["train"], recipe.get("reconstruct", {"steps": 0})
+    parts = []
+    if blocks["steps"]:
+        parts.append(
+            f"block reconstruction without labels, {blocks['steps']} steps of "
+            f"{blocks['batch_size']} images a block"
+        )
+    if train["epochs"]:
+        parts.append(
+            f"{train['epochs']} epochs, batch {train['batch_size']}, rate "
+            f"{train['learning_rate']}, distillation {train['distill']}, seed {train['seed']}"
+        )
+    return "; ".join(parts) or "post-training, calibration alone"
+
+
+def _share(agreement):
+    return "" if agreement is None else f"{agreement:.2%}"
 
 
 def _interval(scored):

@@ -24,7 +24,8 @@ XLA = ("auto", "on", "off")
 class Data:
     """`name`: what `data.load` takes. `holdout`: training images set aside for choices.
 
-    `size` (pixels, 0: as they are) and `channels` are for folders of images.
+    `size` (pixels, 0: as they are) and `channels` are for folders of images. `about`: what a reader
+    of figures must know of the images.
     """
 
     name: str = "digits"
@@ -32,6 +33,7 @@ class Data:
     seed: int = 0
     size: int = 0
     channels: int = 3
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,12 @@ class Model:
     """`architecture`: a name of `keras_lowbit.zoo.build` or a float `.keras` file.
 
     `weights`: a file with float weights; empty for random ones, or those of the `.keras` file.
+    `fold`: put batch norms into the kernels before quantization (`fold_batchnorm`).
     """
 
     architecture: str = "resnet8"
     weights: str = ""
+    fold: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,20 @@ class Quantize:
     activation_options: dict[str, Any] = field(default_factory=dict)
     calibration_images: int = 512
     method: str = "mse"
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Block reconstruction before `[train]`, without labels (`tuning.reconstruct`).
+
+    `steps` for each block, 0 for none; `batch_size` images a step; `drop`: share of elements that
+    stay real meanwhile; `images`: the first so many training images, 0 for all.
+    """
+
+    steps: int = 0
+    batch_size: int = 20
+    drop: float = 0.5
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,8 @@ class Export:
 class Recipe:
     """A whole recipe; sections and keys are those of the TOML file.
 
-    `pretrain` is a `fit` of the float model, `train` one of the quantized model, by `methods`.
+    `pretrain` is a `fit` of the float model; `reconstruct` tunes the quantized one without labels,
+    then `train` is a `fit` of it, by `methods`.
     """
 
     name: str
@@ -132,6 +151,7 @@ class Recipe:
     model: Model = Model()
     pretrain: Train = Train()
     quantize: Quantize = Quantize()
+    reconstruct: Reconstruct = Reconstruct()
     train: Train = Train()
     methods: Methods = field(default_factory=Methods)
     export: Export = Export()
@@ -163,6 +183,7 @@ _SECTIONS = {
     "model": Model,
     "pretrain": Train,
     "quantize": Quantize,
+    "reconstruct": Reconstruct,
     "train": Train,
     "methods": Methods,
     "export": Export,
@@ -243,6 +264,7 @@ def checked(recipe: Recipe, path: str) -> Recipe:
         "data": {"holdout": 0, "seed": 0, "size": 0},
         "pretrain": _LEAST,
         "quantize": {"calibration_images": 1, "ends_bits": 0},
+        "reconstruct": {"steps": 0, "batch_size": 1, "drop": 0.0, "images": 0},
         "train": _LEAST,
         "export": {"verify_images": 0},
     }
@@ -275,6 +297,12 @@ def checked(recipe: Recipe, path: str) -> Recipe:
         raise ValueError(f"{path} [train]: bit_descent needs a [quantize] scheme below 8 bits")
     if recipe.pretrain.bit_descent or recipe.pretrain.distill:
         raise ValueError(f"{path} [pretrain]: bit_descent and distill belong to [train]")
+    if recipe.reconstruct.drop > 1:
+        raise ValueError(
+            f"{path} [reconstruct]: drop must lie in 0..1. Got {recipe.reconstruct.drop}"
+        )
+    if recipe.reconstruct.steps and scheme is None:
+        raise ValueError(f"{path} [reconstruct]: needs a [quantize] scheme")
     check_methods(recipe, f"{path} [methods]")
     return recipe
 

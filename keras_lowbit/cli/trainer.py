@@ -21,7 +21,14 @@ from keras_lowbit.cli import files, measure
 from keras_lowbit.cli.fitting import fit, read_history
 from keras_lowbit.cli.recipe import Recipe, changed
 from keras_lowbit.progress import table
-from keras_lowbit.transform import calibrate, quantize_model, snap_biases, snap_levels
+from keras_lowbit.transform import (
+    calibrate,
+    fold_batchnorm,
+    quantize_model,
+    snap_biases,
+    snap_levels,
+)
+from keras_lowbit.tuning import reconstruct
 
 
 def run_recipe(
@@ -118,6 +125,8 @@ class _Run:
         trained = {"float": model}
         results = {}
         if self.recipe.scheme is not None:
+            if self.recipe.model.fold:
+                model = fold_batchnorm(model)
             made = self.out / "model.keras"
             student = None if made.is_file() else quantized(model, self.recipe, self.chosen)
             student = self._trained("model", student, self.recipe.train, model)
@@ -144,6 +153,8 @@ class _Run:
 
         def work():
             started = time.perf_counter()
+            if name == "model" and teacher is not None:
+                self._reconstructed(model, teacher)
             if train.epochs:
                 fit(
                     model,
@@ -163,8 +174,27 @@ class _Run:
             return {"seconds": round(time.perf_counter() - started, 1)}
 
         self.stages.once(name, work, path)
-        shutil.rmtree(backup, ignore_errors=True)
+        for folder in (backup, self.out / "blocks"):
+            shutil.rmtree(folder, ignore_errors=True)
         return model
+
+    def _reconstructed(self, model, teacher):
+        """Block by block like the float model, in place, where the recipe says so."""
+        given = self.recipe.reconstruct
+        if not given.steps:
+            return
+        images = np.asarray(self.chosen.x_train[: given.images or None], np.float32)
+        found = reconstruct(
+            model,
+            teacher,
+            images,
+            steps=given.steps,
+            batch_size=given.batch_size,
+            drop=given.drop,
+            folder=self.out / "blocks" if self.resume else None,
+        )
+        if self.verbose:
+            print(found)
 
     def _history(self, name):
         return self.out / ("history.csv" if name == "model" else "history_float.csv")
@@ -228,8 +258,13 @@ class _Run:
                 said = measure.file_answers(path.read_bytes(), x, f"run {path.name}")
                 if "quantized" not in answers:
                     answers["quantized"] = measure.keras_answers(models["quantized"], x)
-                same = float((said == answers["quantized"]).mean())
-                return {**measure.score(said, y), "agreement": same}
+                if "float" not in answers:
+                    answers["float"] = measure.keras_answers(models["float"], x)
+                return {
+                    **measure.score(said, y),
+                    "agreement": float((said == answers["quantized"]).mean()),
+                    "float_agreement": float((said == answers["float"]).mean()),
+                }
 
             found[weights] = self.stages.once(f"accuracy_{weights}", of_file)
             outputs[path.name] = self.stages.found["done"][f"file_{weights}"]

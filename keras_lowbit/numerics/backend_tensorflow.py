@@ -20,11 +20,22 @@ _TENSOR = tf.TensorSpec(None, tf.float32)
 _SCALAR = tf.TensorSpec((), tf.float32)
 
 
-_GRID = (_TENSOR, _TENSOR, _SCALAR, _SCALAR)  # x, inverse scale, lo, hi
+# x, inverse scale, lo, hi, gradient
+_SIGNATURE = (_TENSOR, _TENSOR, _SCALAR, _SCALAR, _TENSOR)
+# Elements up to which passes in a cache cost less than the start of a cluster.
+_FEW = 1 << 15
 
 
-def _cluster(*signature):
-    return tf.function(jit_compile=True, autograph=False, input_signature=signature)
+@functools.cache
+def _cluster(function):
+    """One cluster for all quantizers: it compiles once a shape."""
+    return tf.function(function, jit_compile=True, autograph=False, input_signature=_SIGNATURE)
+
+
+def _in_one_pass(function, x):
+    """`function`, as a cluster unless `x` is small."""
+    count = x.shape.num_elements()
+    return function if count is not None and count <= _FEW else _cluster(function)
 
 
 @functools.cache
@@ -78,8 +89,9 @@ def quantize(x, scale, lo, hi, gradient_scale):
         def backward(gradient):
             inverse = 1.0 / scale  # a gradient inside `tf.cond` may not use the tensor above
             if not learned:
-                return tf.ensure_shape(_to_x(x, inverse, lo, hi, gradient), x.shape), None
-            to_x, terms = _to_both(x, inverse, lo, hi, gradient)
+                to_x = _in_one_pass(_to_x, x)(x, inverse, lo, hi, gradient)
+                return tf.ensure_shape(to_x, x.shape), None
+            to_x, terms = _in_one_pass(_to_both, x)(x, inverse, lo, hi, gradient)
             terms = tf.ensure_shape(terms, x.shape)
             to_scale = tf.reduce_sum(terms, axis=range(x.shape.rank - scale.shape.rank)) * factor
             return tf.ensure_shape(to_x, x.shape), to_scale
@@ -102,13 +114,11 @@ def _inside(ratio, lo, hi):
     return tf.cast((ratio >= lo - 0.5) & (ratio <= hi + 0.5), tf.float32)
 
 
-@_cluster(*_GRID, _TENSOR)
 def _to_x(x, inverse, lo, hi, gradient):
     """The gradient to `x`."""
     return gradient * (_inside(x * inverse, lo, hi) * inverse)
 
 
-@_cluster(*_GRID, _TENSOR)
 def _to_both(x, inverse, lo, hi, gradient):
     """The gradient to `x` and the terms of that to the scale."""
     # Computed again, not read again: in a fused loop that is cheaper than memory.

@@ -10,23 +10,28 @@ from keras_lowbit.numerics import uniform
 from keras_lowbit.numerics.grid import check_bits
 from keras_lowbit.numerics.ranges import SMALLEST_SCALE
 from keras_lowbit.quantizers.base import PACKAGE, Quantizer, checked_choice
+from keras_lowbit.quantizers.level_modes import MODES, SELECTOR_BITS
 from keras_lowbit.quantizers.lloyd import NOTHING, levels_of
 
 MOST_BITS = 8
-MODES = ("codebook",)
 INITS = ("lloyd", "uniform")
 LARGEST_CODE = 127  # of the int8 grid that `snap` puts levels on
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
 class Levels(Quantizer):
-    """`K = 2^bits` learned levels `v_1 < ... < v_K`; a weight takes the nearest.
+    """`K = 2^bits` learned levels, of which each weight takes one.
 
-        t_k = (v_k + v_{k+1}) / 2        q = v_1 + sum_k (v_{k+1} - v_k) 1[x > t_k]
-        v_1 free,   v_{k+1} = v_k + width * softplus(g_k / width)
+        codebook     the nearest of v_1 < ... < v_K:   t_k = (v_k + v_{k+1}) / 2
+                     q = v_1 + sum_k (v_{k+1} - v_k) 1[x > t_k]
+        basis        q = sum_i v_i sign(x_i)           i = 1..bits, latents x_i of its own
+        selector     the level of its largest logit    K logits of its own, for each weight
 
-    so levels never cross, and no tensor of K copies of the kernel is made. `width` is the mean gap
-    of the first fit: in its units softplus is neither flat nor linear.
+    The levels of `codebook` and `selector` never cross: `v_1` is free, and
+    `v_{k+1} = v_k + width * softplus(g_k / width)` with the mean gap `width` of the first fit, in
+    whose units softplus is neither flat nor linear. `codebook` makes no tensor of K copies of the
+    kernel. In the other two modes the kernel's own latent is where training started from and gets
+    no gradient any more; the quantizer holds what chooses, in checkpoints too, packed or not.
 
     Until `snap` the levels are reals: `scale = max |v| / 127` and "codes" `v / scale` that are
     not whole, so nothing is exported. `snap` (`transform.snap_levels` for a model) rounds them on
@@ -36,20 +41,25 @@ class Levels(Quantizer):
     Args:
         bits: 1..8. Fixed: levels are variables, so their number does not change.
         per_filter: levels for each filter (`axis`), not for the whole kernel.
-        mode: `"codebook"`.
+        mode: `"codebook"`, `"basis"` or `"selector"` (bits up to 2: it keeps K copies of the
+            kernel; a callback may move its variable `temperature`).
         init: `"lloyd"` (k-means of the kernel from Gaussian quantiles) or `"uniform"` (evenly
             spaced over the kernel's range).
         axis: axes that keep levels of their own with `per_filter`; ignored without, because layers
             name one.
 
     Raises:
-        ValueError: bits out of range (fewer than two levels), an unknown mode or start.
+        ValueError: bits out of range (fewer than two levels; above 2 for a selector), an unknown
+            mode or start.
 
     Gradient:
         With `dq` the gradient to `q`, exactly `dL/dv_k = sum of dq over the weights at level k`,
         times `1 / sqrt(N max(2^(bits-1) - 1, 1))`, N the weights that share the levels; from there
-        to `v_1` and `g_k`. To `x`: `dq` where `v_1 - r <= x <= v_K + r'`, with r and r' half of
-        the outer gaps, else 0. Thresholds get none. Snapped levels get none.
+        to `v_1` and `g_k`, or to the basis values. Snapped levels get none. By mode:
+        codebook: to `x` `dq` where `v_1 - r <= x <= v_K + r'`, with r and r' half of the outer
+        gaps, else 0; thresholds get none. Basis: to `x_i` `dq v_i` where `|x_i| <= 1`, else 0.
+        Selector, with `p = softmax(logits / temperature)`: to logit k
+        `dq p_k (v_k - sum_j p_j v_j) / temperature`.
 
     Reference:
         Hoang, Do, Nguyen, Cheung, Direct Quantization for Training Highly Accurate Low Bit-width
@@ -67,7 +77,12 @@ class Levels(Quantizer):
         self._given_axis = axis
         super().__init__(bits, axis=axis if per_filter else None, **kwargs)
         self.per_filter = bool(per_filter)
-        self.mode = checked_choice("Levels", "mode", mode, MODES)
+        self._mode_name = checked_choice("Levels", "mode", mode, tuple(MODES))
+        if mode == "selector" and bits > SELECTOR_BITS:
+            raise ValueError(
+                f"Levels: a selector keeps 2^bits copies of the kernel: bits 1 or 2. Got {bits}; "
+                "take mode='codebook' or 'basis'"
+            )
         self.init = checked_choice("Levels", "init", init, INITS)
 
     def build(self, input_shape):
@@ -75,12 +90,8 @@ class Levels(Quantizer):
         super().build(input_shape)
         self.count = 2**self._initial_bits
         shape = self.scale_shape(input_shape)
-        gap = 2.0 / (self.count - 1)
-        self.lowest = self.add_state("lowest", -1.0, shape, trainable=True)
-        self.gaps = self.add_state(
-            "gaps", gap * _inverse_softplus(1.0), (self.count - 1, *shape), trainable=True
-        )
-        self.width = self.add_state("width", gap, shape)
+        self.mode = MODES[self._mode_name]()
+        self.mode.build(self, tuple(input_shape), shape)
         self.snapped = self.add_state("snapped", 0.0)
         self.snapped_codes = self.add_state("snapped_codes", 0.0, (self.count, *shape))
         self.snapped_scale = self.add_state("snapped_scale", 1.0, shape)
@@ -129,10 +140,7 @@ class Levels(Quantizer):
 
     def levels(self):
         """The learned levels, as a tensor `(K, *axes that keep their own)`."""
-        width = ops.stop_gradient(ops.convert_to_tensor(self.width))
-        steps = width * ops.softplus(ops.convert_to_tensor(self.gaps) / width)
-        lowest = ops.expand_dims(ops.convert_to_tensor(self.lowest), 0)
-        return ops.concatenate([lowest, lowest + ops.cumsum(steps, axis=0)], axis=0)
+        return self.mode.levels(self)
 
     def scale_in_use(self, lo, hi):
         """Refuse: levels are no grid."""
@@ -146,7 +154,7 @@ class Levels(Quantizer):
         learned = self.levels()
         damping = (float(self._features) * max(2 ** (self._initial_bits - 1) - 1, 1)) ** -0.5
         held = ops.stop_gradient(learned)
-        scale = ops.maximum(ops.abs(held[0]), ops.abs(held[-1])) / LARGEST_CODE
+        scale = self.mode.reach(self, held) / LARGEST_CODE
         snapped = self.snapped > 0.5
         kept = ops.convert_to_tensor(self.snapped_scale)
         scale = ops.where(snapped, kept, ops.maximum(scale, SMALLEST_SCALE))
@@ -157,25 +165,24 @@ class Levels(Quantizer):
         codes = ops.where(snapped, whole, held * inverse)
         levels = uniform.straight_through(codes, (learned, ops.broadcast_to(free, held.shape)))
         reals = codes * scale
-        weight = ops.stop_gradient(x)
-        out = ops.zeros_like(weight) + levels[0]
-        for k in range(self.count - 1):
+        out = ops.zeros_like(ops.stop_gradient(x)) + levels[0]
+        for k, mask in enumerate(self.mode.masks(self, ops.stop_gradient(x), reals), 1):
             # Not `out + step * above`: sums of steps would leave the levels' last bits.
-            out = ops.where(weight > 0.5 * (reals[k] + reals[k + 1]), levels[k + 1], out)
-        below = reals[0] - 0.5 * (reals[1] - reals[0])
-        beyond = reals[-1] + 0.5 * (reals[-1] - reals[-2])
-        inside = ops.cast(ops.logical_and(weight >= below, weight <= beyond), "float32")
-        slope = ops.stop_gradient(inside * inverse)
-        return out + (x - ops.stop_gradient(x)) * slope, ops.stop_gradient(scale)
+            out = ops.where(mask, levels[k], out)
+        for latent, slope in self.mode.slopes(self, x, reals):
+            out = out + (latent - ops.stop_gradient(latent)) * ops.stop_gradient(slope * inverse)
+        return out, ops.stop_gradient(scale)
 
     def fit_scale(self, x, method="mse"):
         """Set the levels from a kernel, as `init` says, and take a snap back."""
-        columns = np.asarray(self.columns(np.asarray(x)), np.float64)
+        x = np.asarray(x, np.float64)
+        columns = self.columns(x)
         if self.init == "lloyd":
             found = [levels_of(column, self.count) for column in columns.T]
         else:
             found = [self._evenly(np.abs(column).max() or NOTHING) for column in columns.T]
-        self._set_levels(np.stack(found, axis=-1).reshape(self.count, *self.lowest.shape))
+        levels = np.stack(found, axis=-1).reshape(self.count, *self.scale_shape(x.shape))
+        self.mode.start(self, x, levels, refine=self.init == "lloyd")
         self.snapped.assign(0.0)
         self.calibrated.assign(1.0)
 
@@ -189,13 +196,13 @@ class Levels(Quantizer):
         self.snapped.assign(1.0)
 
     def code_table(self) -> np.ndarray:
-        """The whole-number codes of the levels, rising, `(K, *axes that keep their own)`.
+        """The whole-number codes of the levels, sorted, `(K, *axes that keep their own)`.
 
         Raises:
             ValueError: levels were not snapped.
         """
         self._check_enabled()
-        return np.asarray(ops.convert_to_numpy(self.snapped_codes), np.int16)
+        return np.sort(np.asarray(ops.convert_to_numpy(self.snapped_codes), np.int16), axis=0)
 
     def from_codes(self, codes, scale):
         """Latent weights that take these codes again: the levels themselves."""
@@ -204,14 +211,6 @@ class Levels(Quantizer):
     def _evenly(self, reach):
         return np.linspace(-reach, reach, self.count)
 
-    def _set_levels(self, levels):
-        """Variables that give these rising levels, `(K, ...)`."""
-        steps = np.diff(np.asarray(levels, np.float64), axis=0)
-        width = steps.mean(axis=0)
-        self.gaps.assign(np.float32(width * _inverse_softplus(steps / width)))
-        self.lowest.assign(np.float32(levels[0]))
-        self.width.assign(np.float32(width))
-
     def get_config(self):
         """Arguments of the constructor."""
         axis = self._given_axis
@@ -219,7 +218,7 @@ class Levels(Quantizer):
             **super().get_config(),
             "axis": axis if axis is None or isinstance(axis, int) else list(axis),
             "per_filter": self.per_filter,
-            "mode": self.mode,
+            "mode": self._mode_name,
             "init": self.init,
         }
 
@@ -228,8 +227,3 @@ def check_level_bits(bits) -> None:
     """`ValueError` unless `2^bits` is a number of levels that int8 holds, two at least."""
     if check_bits(bits, who="Levels (2^bits levels, two at least)") > MOST_BITS:
         raise ValueError(f"Levels: bits must be from 1 to {MOST_BITS}. Got {bits}")
-
-
-def _inverse_softplus(y):
-    """log(e^y - 1), in a form that no large y overflows."""
-    return y + np.log(-np.expm1(-y))

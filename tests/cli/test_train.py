@@ -68,6 +68,29 @@ def test_cut_and_mixed_images_train_with_a_teacher_and_without(run, recipe, tmp_
     assert np.isfinite(losses).all()
 
 
+def test_block_reconstruction_comes_before_training(run, recipe, tmp_path):
+    out = tmp_path / "out"
+    path = recipe(
+        model={"fold": True},
+        pretrain={"epochs": 1, "xla": "off"},
+        reconstruct={"steps": 3, "batch_size": 8, "images": 32},
+        train={"epochs": 0},
+    )
+    outcome = run("train", path, "--out", out)
+    assert outcome.code == 0, outcome.err
+    assert "error before" in outcome.out
+    assert not (out / "blocks").exists()
+    metrics = json.loads((out / "metrics.json").read_text())
+    kinds = {type(layer).__name__ for layer in files.load_model(out / "model.keras").layers}
+    assert "BatchNormalization" not in kinds
+    assert metrics["files"]["model_int8.tflite"]["wrong_codes"] == 0
+    assert 0 < metrics["accuracy"]["int8"]["float_agreement"] <= 1
+    calibrated = recipe(model={"fold": True}, pretrain={"epochs": 1, "xla": "off"}, train={})
+    assert run("train", calibrated, "--out", tmp_path / "calibrated", "--epochs=0").code == 0
+    one, other = (weights_of(tmp_path / name / "model.keras") for name in ("out", "calibrated"))
+    assert any((a != b).any() for a, b in zip(one, other, strict=True))
+
+
 def test_a_finished_run_is_left_as_it_is(run, recipe, tmp_path, contents, monkeypatch):
     path, out = recipe(), tmp_path / "out"
     assert run("train", path, "--out", out, "--epochs=1").code == 0

@@ -17,7 +17,7 @@ def built(levels, shape, **options):
     levels = np.asarray(levels, float)
     quantizer = Levels(int(np.log2(len(levels))), **options)
     quantizer.build(shape)
-    quantizer._set_levels(levels)
+    quantizer.mode.start(quantizer, None, levels, False)
     return quantizer
 
 
@@ -80,7 +80,9 @@ class TestGradient:
         quantizer = built(LEVELS, X.shape)
         dq = ops.convert_to_tensor(np.arange(1, 11, dtype=np.float32))
         _, to_lowest, to_gaps = gradient(
-            lambda t: ops.sum(quantizer(t) * dq), X, variables=[quantizer.lowest, quantizer.gaps]
+            lambda t: ops.sum(quantizer(t) * dq),
+            X,
+            variables=[quantizer.lowest, quantizer.gaps],
         )
         to_levels = np.array([6, 9, 13, 27]) / np.sqrt(10)
         gaps = np.diff(LEVELS)
@@ -167,7 +169,9 @@ class TestSnap:
         quantizer.snap()
         before = values(quantizer, X)
         grads = gradient(
-            lambda t: ops.sum(quantizer(t) ** 2), X, variables=[quantizer.lowest, quantizer.gaps]
+            lambda t: ops.sum(quantizer(t) ** 2),
+            X,
+            variables=[quantizer.lowest, quantizer.gaps],
         )
         assert not grads[1].any()
         assert not grads[2].any()

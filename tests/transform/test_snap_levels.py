@@ -15,8 +15,9 @@ from keras_lowbit.transform import calibrate, freeze, quantize_model, snap_level
 from tests.callbacks import tiny
 
 
-def model(per_filter=False, bits=2, compiled=True):
-    scheme = Scheme(bits, 4, kernel="levels", kernel_options={"per_filter": per_filter})
+def model(per_filter=False, bits=2, compiled=True, mode="codebook"):
+    options = {"per_filter": per_filter, "mode": mode}
+    scheme = Scheme(bits, 4, kernel="levels", kernel_options=options)
     quantized = calibrate(quantize_model(tiny.float_model(), scheme), tiny.images()[0])
     if compiled:
         tiny.compile_(quantized)
@@ -67,8 +68,27 @@ _OF_THE_KERNEL = ("kernel_quantizer", "kernel")
 
 
 @pytest.mark.parametrize("per_filter", [False, True])
-def test_files_keep_the_integers(tmp_path, per_filter):
-    quantized = snap_levels(model(per_filter, compiled=False))
+@pytest.mark.parametrize("mode", ["basis", "selector"])
+def test_what_chooses_trains_in_the_other_modes(mode, per_filter):
+    quantized = model(per_filter, mode=mode)
+    layer = quantized.get_layer("middle")
+    chooses = getattr(layer.kernel_quantizer, _CHOOSES[mode])
+    before, kernel, levels = numpy(chooses), numpy(layer.kernel), levels_in(quantized)[0]
+    tiny.train(quantized, [], epochs=1)
+    assert np.all(levels_in(quantized)[0] != levels)
+    snap_levels(quantized)
+    tiny.train(quantized, [], epochs=1)
+    assert np.any(numpy(chooses) != before)
+    np.testing.assert_array_equal(numpy(layer.kernel), kernel)
+
+
+_CHOOSES = {"basis": "latents", "selector": "logits"}
+
+
+@pytest.mark.parametrize("per_filter", [False, True])
+@pytest.mark.parametrize("mode", ["codebook", "basis", "selector"])
+def test_files_keep_the_integers(tmp_path, per_filter, mode):
+    quantized = snap_levels(model(per_filter, compiled=False, mode=mode))
     wanted = integers(quantized)
     quantized.save(tmp_path / "full.keras")
     written = save_packed(quantized, tmp_path / "packed.keras")
@@ -100,11 +120,14 @@ def test_the_frozen_model_is_the_reference():
 
 @pytest.mark.runtime
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_the_exported_file_has_no_wrong_code(weights):
+@pytest.mark.parametrize("mode", ["codebook", "basis", "selector"])
+def test_the_exported_file_has_no_wrong_code(weights, mode):
     pytest.importorskip("ai_edge_litert")
     from tflite_export import convert
 
-    result = convert(snap_levels(model(True)), weights=weights, verify=tiny.images()[0][:4])
+    result = convert(
+        snap_levels(model(True, mode=mode)), weights=weights, verify=tiny.images()[0][:4]
+    )
     assert result.mismatches == 0
 
 
