@@ -11,11 +11,10 @@ from keras_lowbit.numerics import backend
 class BatchNormalization(keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization`: the same arguments, weights and values.
 
-    Keras computes the moments of a batch and the normalization by separate operations, which on a
-    CPU costs TensorFlow and PyTorch more than the convolution in front. Here the two are one
-    operation wherever `numerics.backend.batch_norm` covers it: images, channels last, in float32,
-    without mask, renormalization or synchronization. `quantize_model` puts this layer in the place
-    of Keras' own.
+    Keras computes the moments of a batch and the normalization by separate operations, each a pass
+    over the activations on TensorFlow and PyTorch. Here the two are one operation wherever
+    `numerics.backend.batch_norm` covers it: images, channels last, in float32, without mask,
+    renormalization or synchronization. `quantize_model` puts this layer in the place of Keras' own.
 
     Reference:
         Ioffe and Szegedy, Batch Normalization, ICML 2015, arXiv:1502.03167, algorithm 1.

@@ -22,7 +22,8 @@ _SCALAR = tf.TensorSpec((), tf.float32)
 
 # x, inverse scale, lo, hi, gradient
 _SIGNATURE = (_TENSOR, _TENSOR, _SCALAR, _SCALAR, _TENSOR)
-# Elements up to which passes in a cache cost less than the start of a cluster.
+# Elements up to which there is no cluster: a start of one takes about 0.3 ms, passes over tensors
+# that stay in a cache far less.
 _FEW = 1 << 15
 
 

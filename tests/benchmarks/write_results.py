@@ -39,9 +39,9 @@ def keep(folder: Path) -> None:
     target.write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
 
 
-def recipe_rows(folder):
-    """A row for each file of the runs kept in a folder."""
-    for path in sorted(folder.glob("*_cifar10_*.json")):
+def recipe_rows():
+    """A row for each file of the runs that are kept."""
+    for path in sorted(KEPT.glob("*_cifar10_*.json")):
         metrics = json.loads(path.read_text())
         accuracy, files = metrics["accuracy"], metrics["files"]
         epochs = metrics["recipe"]["train"]["epochs"]
@@ -104,7 +104,7 @@ def page() -> str:
         "each training.\n",
         "## CIFAR-10\n",
         "`keras-lowbit train configs/RECIPE.toml --data cifar10.npz --weights FLOAT --out RUN`\n",
-        table("", columns, list(recipe_rows(KEPT))).strip(),
+        table("", columns, list(recipe_rows())).strip(),
         "",
     ]
     earlier = list(earlier_rows())

@@ -61,6 +61,7 @@ def test_batches_are_cut_and_mixed_and_repeat():
         np.testing.assert_array_equal(y, y_again)
         assert x.dtype == clear.dtype
         assert (x != clear).any()
+        # A share and 1 minus it, each rounded to float32.
         np.testing.assert_allclose(y.sum(axis=1), 1.0, rtol=1e-6)
         # Never a class that no image of the batch has.
         assert not y[:, labels.sum(axis=0) == 0].any()

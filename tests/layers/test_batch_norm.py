@@ -47,6 +47,7 @@ def test_values_and_moving_moments_are_those_of_keras(shape, options):
     # Moments of few values of size 3: summed in another order, divided by a small deviation.
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     for a, b in zip(moving(ours), moving(theirs), strict=True):
+        # Sums of up to 60 float32 in another order.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -81,6 +82,7 @@ def test_gradients_are_those_of_keras(options):
 
         found.append(gradient(loss, images(shape), *given))
     for want, got in zip(*found, strict=True):
+        # Differences of sums over the batch: their rounding is of the size of the largest.
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * max(1, np.abs(want).max()))
 
 
@@ -98,6 +100,7 @@ def test_worked_by_hand():
     np.testing.assert_allclose(run(lambda t: layer(t, training=True), x).ravel(), [3.0, 7.0])
     np.testing.assert_allclose(np.ravel(moving(layer)), [0.5, 1.0])
     (to_x,) = gradient(lambda t: layer(t, training=True)[0, 0, 0, 0], x)
+    # Terms of size 1 that cancel, in float32.
     np.testing.assert_allclose(to_x, np.zeros_like(x), atol=1e-6)
 
 

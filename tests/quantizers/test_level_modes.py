@@ -1,4 +1,9 @@
-"""Learned levels chosen by signs over a basis and by logits, worked by hand."""
+"""Learned levels chosen by signs over a basis and by logits, worked by hand.
+
+Before a snap levels are reals, held as multiples of `max / 127`: values come back with float32
+roundings (1e-6), gradients with a few more from the damping and the division (1e-5). Codes, which
+exist after a snap, are compared exactly.
+"""
 
 import numpy as np
 import pytest
@@ -74,6 +79,7 @@ class TestBasis:
 
         basis = np.array([0.5, 1.0])
         slope = [(loss(basis + d) - loss(basis - d)) / 2e-4 for d in 1e-4 * np.eye(2)]
+        # A quadratic loss: central differences are exact, to float32 in the gradient.
         np.testing.assert_allclose(to_basis, np.array(slope) / 2, rtol=1e-4)
 
     def test_a_kernel_that_is_such_a_sum_is_found(self):
@@ -81,6 +87,7 @@ class TestBasis:
         x = np.array([0.1, 0.25, 0.6]) @ signs
         quantizer = fitted("basis", x, bits=3)
         np.testing.assert_allclose(np.sort(numpy(quantizer.basis)), [0.1, 0.25, 0.6], 1e-4)
+        # Three basis values in float32 that partly cancel in the smallest level.
         np.testing.assert_allclose(values(quantizer, x), x, rtol=1e-4)
 
     def test_fitting_beats_the_even_start_for_each_filter(self):
@@ -90,7 +97,8 @@ class TestBasis:
             quantizer = fitted("basis", x, init=init, per_filter=True, axis=-1)
             errors.append(np.mean((values(quantizer, x) - x) ** 2, axis=0))
         assert (errors[1] < 0.8 * errors[0]).all()
-        # The best four levels of a Gaussian, which lie evenly enough to be such sums: 0.1175.
+        # The best four levels of a Gaussian, which lie evenly enough to be such sums: 0.1175;
+        # a sample of 20,000 misses that by about 1 %.
         np.testing.assert_allclose(errors[1] / x.var(axis=0), 0.1175, rtol=0.03)
 
     def test_a_kernel_of_zeros_stays_finite(self):

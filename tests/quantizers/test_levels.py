@@ -80,9 +80,7 @@ class TestGradient:
         quantizer = built(LEVELS, X.shape)
         dq = ops.convert_to_tensor(np.arange(1, 11, dtype=np.float32))
         _, to_lowest, to_gaps = gradient(
-            lambda t: ops.sum(quantizer(t) * dq),
-            X,
-            variables=[quantizer.lowest, quantizer.gaps],
+            lambda t: ops.sum(quantizer(t) * dq), X, variables=[quantizer.lowest, quantizer.gaps]
         )
         to_levels = np.array([6, 9, 13, 27]) / np.sqrt(10)
         gaps = np.diff(LEVELS)
@@ -169,9 +167,7 @@ class TestSnap:
         quantizer.snap()
         before = values(quantizer, X)
         grads = gradient(
-            lambda t: ops.sum(quantizer(t) ** 2),
-            X,
-            variables=[quantizer.lowest, quantizer.gaps],
+            lambda t: ops.sum(quantizer(t) ** 2), X, variables=[quantizer.lowest, quantizer.gaps]
         )
         assert not grads[1].any()
         assert not grads[2].any()
