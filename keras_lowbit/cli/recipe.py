@@ -77,13 +77,16 @@ class Reconstruct:
     """Block reconstruction before `[train]`, without labels (`tuning.reconstruct`).
 
     `steps` for each block, 0 for none; `batch_size` images a step; `drop`: share of elements that
-    stay real meanwhile; `images`: the first so many training images, 0 for all.
+    stay real meanwhile; `images`: the first so many training images, 0 for all; `views`: random
+    views of each beside it (`data.zoomed_views`); `memory`: gibibytes for activations.
     """
 
     steps: int = 0
     batch_size: int = 20
     drop: float = 0.5
     images: int = 0
+    views: int = 0
+    memory: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,7 @@ def checked(recipe: Recipe, path: str) -> Recipe:
         "data": {"holdout": 0, "seed": 0, "size": 0},
         "pretrain": _LEAST,
         "quantize": {"calibration_images": 1, "ends_bits": 0},
-        "reconstruct": {"steps": 0, "batch_size": 1, "drop": 0.0, "images": 0},
+        "reconstruct": {"steps": 0, "batch_size": 1, "drop": 0.0, "images": 0, "views": 0},
         "train": _LEAST,
         "export": {"verify_images": 0},
     }
@@ -300,6 +303,10 @@ def checked(recipe: Recipe, path: str) -> Recipe:
     if recipe.reconstruct.drop > 1:
         raise ValueError(
             f"{path} [reconstruct]: drop must lie in 0..1. Got {recipe.reconstruct.drop}"
+        )
+    if not 0 < recipe.reconstruct.memory < math.inf:
+        raise ValueError(
+            f"{path} [reconstruct]: memory must be positive. Got {recipe.reconstruct.memory}"
         )
     if recipe.reconstruct.steps and scheme is None:
         raise ValueError(f"{path} [reconstruct]: needs a [quantize] scheme")

@@ -187,10 +187,11 @@ class _Run:
         found = reconstruct(
             model,
             teacher,
-            images,
+            datasets.zoomed_views(images, given.views),
             steps=given.steps,
             batch_size=given.batch_size,
             drop=given.drop,
+            memory=given.memory * 2**30,
             folder=self.out / "blocks" if self.resume else None,
         )
         if self.verbose:

@@ -11,6 +11,7 @@ from keras_lowbit.data.augment import RandomCropFlip, crop_flip
 from keras_lowbit.data.batches import AugmentedBatches, Batches
 from keras_lowbit.data.dataset import Dataset, holdout
 from keras_lowbit.data.sources import NAMES, load
+from keras_lowbit.data.views import zoomed_views
 
 __all__ = [
     "NAMES",
@@ -21,4 +22,5 @@ __all__ = [
     "crop_flip",
     "holdout",
     "load",
+    "zoomed_views",
 ]

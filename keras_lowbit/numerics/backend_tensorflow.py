@@ -1,9 +1,10 @@
 """Fast forms on TensorFlow, inside a graph on a CPU that XLA does not compile whole.
 
 What the plain form loses there: a pass over the activations for each small operation. So the
-element-wise work of a quantizer's backward pass is one XLA cluster, shared by all quantizers (it
-compiles once a shape); the sum for the scale's gradient stays outside, where it uses all cores.
-And the backward pass of a product multiplies the kernel by the scale, not activations.
+element-wise work of a quantizer's forward pass is one XLA cluster and that of its backward pass
+another, shared by all quantizers (they compile once a shape); the sum for the scale's gradient
+stays outside, where it uses all cores. And the backward pass of a product multiplies the kernel by
+the scale, not activations.
 
 Where XLA compiles the whole step the plain form is the fastest: it fuses all of this by itself.
 """
@@ -18,9 +19,7 @@ from keras import ops
 
 _TENSOR = tf.TensorSpec(None, tf.float32)
 _SCALAR = tf.TensorSpec((), tf.float32)
-
-
-# x, inverse scale, lo, hi, gradient
+# x, inverse scale, lo, hi, and backwards the gradient
 _SIGNATURE = (_TENSOR, _TENSOR, _SCALAR, _SCALAR, _TENSOR)
 # Elements up to which there is no cluster: a start of one takes about 0.3 ms, passes over tensors
 # that stay in a cache far less.
@@ -28,15 +27,19 @@ _FEW = 1 << 15
 
 
 @functools.cache
-def _cluster(function):
+def _cluster(function, arguments):
     """One cluster for all quantizers: it compiles once a shape."""
-    return tf.function(function, jit_compile=True, autograph=False, input_signature=_SIGNATURE)
+    signature = _SIGNATURE[:arguments]
+    return tf.function(function, jit_compile=True, autograph=False, input_signature=signature)
 
 
-def _in_one_pass(function, x):
-    """`function`, as a cluster unless `x` is small."""
+def _in_one_pass(function, x, *others):
+    """`function(x, *others)`, tensors of the shape of `x`, in a cluster unless `x` is small."""
     count = x.shape.num_elements()
-    return function if count is not None and count <= _FEW else _cluster(function)
+    if count is not None and count <= _FEW:
+        return function(x, *others)
+    found = _cluster(function, 1 + len(others))(x, *others)
+    return tf.nest.map_structure(lambda tensor: tf.ensure_shape(tensor, x.shape), found)
 
 
 @functools.cache
@@ -83,19 +86,15 @@ def quantize(x, scale, lo, hi, gradient_scale):
 
     @tf.custom_gradient
     def codes_of(x, scale):
-        inverse = 1.0 / scale
-        ratio = x * inverse
-        codes = tf.round(tf.raw_ops.ClipByValue(t=ratio, clip_value_min=lo, clip_value_max=hi))
+        codes = _in_one_pass(_codes, x, 1.0 / scale, lo, hi)
 
         def backward(gradient):
             inverse = 1.0 / scale  # a gradient inside `tf.cond` may not use the tensor above
             if not learned:
-                to_x = _in_one_pass(_to_x, x)(x, inverse, lo, hi, gradient)
-                return tf.ensure_shape(to_x, x.shape), None
-            to_x, terms = _in_one_pass(_to_both, x)(x, inverse, lo, hi, gradient)
-            terms = tf.ensure_shape(terms, x.shape)
+                return _in_one_pass(_to_x, x, inverse, lo, hi, gradient), None
+            to_x, terms = _in_one_pass(_to_both, x, inverse, lo, hi, gradient)
             to_scale = tf.reduce_sum(terms, axis=range(x.shape.rank - scale.shape.rank)) * factor
-            return tf.ensure_shape(to_x, x.shape), to_scale
+            return to_x, to_scale
 
         return codes, backward
 
@@ -111,6 +110,11 @@ def _tensor(value):
     return tf.convert_to_tensor(value.value if isinstance(value, keras.Variable) else value)
 
 
+def _codes(x, inverse, lo, hi):
+    # Not `tf.clip_by_value`: outside a cluster it takes two passes.
+    return tf.round(tf.raw_ops.ClipByValue(t=x * inverse, clip_value_min=lo, clip_value_max=hi))
+
+
 def _inside(ratio, lo, hi):
     return tf.cast((ratio >= lo - 0.5) & (ratio <= hi + 0.5), tf.float32)
 
@@ -124,7 +128,7 @@ def _to_both(x, inverse, lo, hi, gradient):
     """The gradient to `x` and the terms of that to the scale."""
     # Computed again, not read again: in a fused loop that is cheaper than memory.
     ratio = tf.stop_gradient(x) * inverse
-    codes = tf.round(tf.clip_by_value(ratio, lo, hi))
+    codes = tf.round(tf.raw_ops.ClipByValue(t=ratio, clip_value_min=lo, clip_value_max=hi))
     inside = _inside(ratio, lo, hi)
     terms = gradient * ((codes - inside * ratio) * inverse)
     return gradient * (inside * inverse), terms

@@ -40,6 +40,8 @@ def test_whole_numbers_are_taken_for_reals(tmp_path):
         ("[train]\nepochs = 2\nwarmup = 2.0", "warmup must be shorter than the 2 epochs"),
         ("[reconstruct]\nsteps = -1", "[reconstruct]: steps must be at least 0. Got -1"),
         ("[reconstruct]\ndrop = 1.5", "[reconstruct]: drop must lie in 0..1. Got 1.5"),
+        ("[reconstruct]\nviews = -1", "[reconstruct]: views must be at least 0. Got -1"),
+        ("[reconstruct]\nmemory = 0.0", "[reconstruct]: memory must be positive. Got 0.0"),
         ("[quantize]\nscheme = ''\n[reconstruct]\nsteps = 5", "needs a [quantize] scheme"),
         ("[train]\ncutout = -1", "[train]: cutout must be at least 0. Got -1"),
         ("[train]\nmixup = nan", "[train]: mixup must be at least 0.0. Got nan"),

@@ -13,6 +13,7 @@ from keras import ops
 from keras_lowbit.callbacks import Resume
 from keras_lowbit.cli import files, fitting
 from keras_lowbit.cli.recipe import Train
+from keras_lowbit.tuning import reconstruct
 
 pytestmark = pytest.mark.runtime
 
@@ -68,17 +69,24 @@ def test_cut_and_mixed_images_train_with_a_teacher_and_without(run, recipe, tmp_
     assert np.isfinite(losses).all()
 
 
-def test_block_reconstruction_comes_before_training(run, recipe, tmp_path):
-    out = tmp_path / "out"
+def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monkeypatch):
+    out, seen = tmp_path / "out", []
+
+    def watched(model, teacher, images, **given):
+        seen.append((len(images), given["memory"]))
+        return reconstruct(model, teacher, images, **given)
+
+    monkeypatch.setattr("keras_lowbit.cli.trainer.reconstruct", watched)
     path = recipe(
         model={"fold": True},
         pretrain={"epochs": 1, "xla": "off"},
-        reconstruct={"steps": 3, "batch_size": 8, "images": 32},
+        reconstruct={"steps": 3, "batch_size": 8, "images": 32, "views": 1, "memory": 0.25},
         train={"epochs": 0},
     )
     outcome = run("train", path, "--out", out)
     assert outcome.code == 0, outcome.err
     assert "error before" in outcome.out
+    assert seen == [(64, 2**28)]  # each image and one view of it
     assert not (out / "blocks").exists()
     metrics = json.loads((out / "metrics.json").read_text())
     kinds = {type(layer).__name__ for layer in files.load_model(out / "model.keras").layers}
