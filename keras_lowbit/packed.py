@@ -2,7 +2,7 @@
 
 It is a plain Keras archive. Members are deflated; `model.weights.h5` holds packed codes
 (`layers.packed_kernels`) and no optimizer state; `config.json` has no compile settings, and its
-random initializers run only for layers made anew, not on loading; `metadata.json` carries the
+initializers run only for layers made anew, not on loading; `metadata.json` carries the
 manifest, with the SHA-256 of both.
 """
 
@@ -24,11 +24,13 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.layers import packed_kernels
+from keras_lowbit.weights_file import Unknown, fill
 
 PACKAGE = "keras_lowbit"
 FORMAT = 1
 _CONFIG, _METADATA, _WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
-_FIXED_INITIALIZERS = ("Zeros", "Ones", "Constant", "Identity", "SkipOnce")
+# Objects that several layers share stand in a config under a number, which Keras alone resolves.
+_SHARED = b"shared_object_id"
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,24 @@ def load_packed(path, **kwargs) -> keras.Model:
     Raises:
         ValueError: names the file: missing, truncated, damaged, or not of `save_packed`.
     """
-    check_packed(path)
+    _, members = _checked(path)
+    if set(kwargs) <= {"compile"}:  # the file holds nothing to compile with
+        model = _loaded(members)
+        if model is not None:
+            return model
     return keras.models.load_model(path, **kwargs)
+
+
+def _loaded(members):
+    """The model, or `None` where only Keras' own, slower reader gets it right."""
+    if _SHARED in members[_CONFIG]:
+        return None
+    model = keras.saving.deserialize_keras_object(json.loads(members[_CONFIG]))
+    try:
+        fill(model, members[_WEIGHTS])
+    except Unknown:
+        return None
+    return model
 
 
 def check_packed(path) -> dict:
@@ -112,6 +130,11 @@ def check_packed(path) -> dict:
     Raises:
         ValueError: names the file: missing, truncated, damaged, or not of `save_packed`.
     """
+    return _checked(path)[0]
+
+
+def _checked(path):
+    """Manifest and members; see `check_packed`."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -133,7 +156,7 @@ def check_packed(path) -> dict:
     for name, content in members.items():
         if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
             raise ValueError(f"{path} is damaged: SHA-256 of {name} differs. Get the file again")
-    return manifest
+    return manifest, members
 
 
 def _layers(model):
@@ -176,14 +199,14 @@ def _without_optimizer(content: bytes) -> bytes:
 
 
 def _initialized_once(config):
-    """The config with random initializers in `SkipOnce`."""
+    """The config with initializers in `SkipOnce`."""
     if isinstance(config, list):
         return [_initialized_once(item) for item in config]
     if not isinstance(config, dict):
         return config
+    if config.get("registered_name") == f"{PACKAGE}>{SkipOnce.__name__}":
+        return {**config, "config": {**config["config"], "skip": True}}
     if config.get("module") == "keras.initializers":
-        if config.get("class_name") in _FIXED_INITIALIZERS:
-            return config
         return keras.saving.serialize_keras_object(SkipOnce(config))
     return {key: _initialized_once(value) for key, value in config.items()}
 
@@ -192,8 +215,8 @@ def _initialized_once(config):
 class SkipOnce(keras.initializers.Initializer):
     """Zeros at the first call, `original` from then on.
 
-    Values that a checkpoint overwrites need no random numbers (on JAX they take seconds), while
-    a copy of the loaded layer starts as the original would.
+    Values that a checkpoint overwrites need no random numbers and no compiled operations (on JAX
+    they take seconds), while a copy of the loaded layer starts as the original would.
 
     Args:
         original: a Keras initializer, its name or its config.

@@ -12,7 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import its own room and rooms on lower floors. Rooms on one floor are strangers.
 FLOORS = [
-    {"keras_lowbit.numerics", "keras_lowbit.progress", "keras_lowbit.optimizers"},
+    {
+        "keras_lowbit.numerics",
+        "keras_lowbit.progress",
+        "keras_lowbit.optimizers",
+        "keras_lowbit.weights_file",
+    },
     {"keras_lowbit.scheme", "keras_lowbit.walk", "keras_lowbit.data"},
     {"keras_lowbit.quantizers", "keras_lowbit.regularizers"},
     {"keras_lowbit.layers"},

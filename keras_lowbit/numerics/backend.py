@@ -7,6 +7,8 @@ Keras runs on that backend and the first such operation is asked for.
 
 from __future__ import annotations
 
+import contextlib
+
 import keras
 from keras import ops
 
@@ -23,6 +25,15 @@ def _fast(operation, *arguments):
     else:
         return None
     return getattr(forms, operation)(*arguments)
+
+
+def unscoped():
+    """A context in which a variable's name in the backend is that of the variable alone.
+
+    TensorFlow keeps an operation for each name of a variable, and making one takes a millisecond.
+    Keras' paths stay as they are.
+    """
+    return _fast("unscoped") or contextlib.nullcontext()
 
 
 def known(value):

@@ -63,6 +63,11 @@ def _covers(*tensors):
     )
 
 
+def unscoped():
+    """See `numerics.backend`."""
+    return tf.name_scope("")
+
+
 def known(value):
     """Always `None`: what a graph computes is not known while it is made."""
     return None

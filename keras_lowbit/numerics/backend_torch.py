@@ -37,6 +37,11 @@ def _transformed():
     return ask is None or ask()
 
 
+def unscoped():
+    """Always `None`: variables have no other names."""
+    return None
+
+
 def known(value):
     """The scalar `value` as a Python number; `None`: not covered."""
     if isinstance(value, keras.Variable):

@@ -65,8 +65,13 @@ def unpack(data, bits: int, shape, *, signed: bool = True) -> np.ndarray:
     _check_bits(bits)
     count = math.prod(shape)
     data = _as_bytes(data, packed_size(count, bits), f"{count} codes of {bits} bits")
-    table = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
-    codes = np.packbits(table, axis=1, bitorder="little").reshape(shape)
+    if 8 % bits:
+        table = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
+        codes = np.packbits(table, axis=1, bitorder="little").reshape(shape)
+    else:  # no code crosses a byte
+        places = np.arange(0, 8, bits, dtype=np.uint8)
+        codes = (data[:, None] >> places) & np.uint8(2**bits - 1)
+        codes = codes.reshape(-1)[:count].reshape(shape)
     if not signed:
         return codes
     if bits == 1:

@@ -162,14 +162,15 @@ class Quantizer(keras.layers.Layer):
 
     def add_state(self, name, value, shape=(), *, trainable=False, **options):
         """A variable that starts at `value` and stays float32 under mixed precision."""
-        return self.add_weight(
-            name=name,
-            shape=shape,
-            trainable=trainable,
-            initializer=keras.initializers.Constant(value),
-            autocast=False,
-            **options,
-        )
+        with backend.unscoped():
+            return self.add_weight(
+                name=name,
+                shape=shape,
+                trainable=trainable,
+                initializer=_constant(value),
+                autocast=False,
+                **options,
+            )
 
     def add_scale(self, input_shape, *, trainable):
         """Create the variable `scale`, 1.0 until calibrated."""
@@ -376,6 +377,11 @@ class Quantizer(keras.layers.Layer):
             # Left out where it is on, so that files are those of earlier versions.
             **({} if self.enabled else {"enabled": False}),
         }
+
+
+def _constant(value):
+    """An initializer from NumPy: on JAX `keras.initializers.Constant` compiles for each shape."""
+    return lambda shape, dtype: ops.convert_to_tensor(np.full(shape, value, dtype), dtype=dtype)
 
 
 def _count_features(shape, role, axis) -> float | None:
