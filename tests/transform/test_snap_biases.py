@@ -148,3 +148,26 @@ def test_a_model_without_an_integer_form_stays_as_it_is(images):
     before = ops.convert_to_numpy(made.get_layer("conv").bias)
     snap_biases(made)
     np.testing.assert_array_equal(ops.convert_to_numpy(made.get_layer("conv").bias), before)
+
+
+def test_weights_on_the_border_between_codes_leave_it():
+    inputs = keras.Input((4,))
+    model = klb.quantize_model(keras.Model(inputs, K.Dense(3, name="head")(inputs)), "w8a8")
+    klb.calibrate(model, np.random.default_rng(0).uniform(0, 1, (8, 4)).astype("float32"))
+    head = model.get_layer("head")
+    scale = ops.convert_to_numpy(head.kernel_quantizer.scale).reshape(-1)
+    ratio = np.array(
+        [[2.5, -3.5, 0.25], [2.4998, 7.0, 127.5], [-2.50001, 1.50001, -0.5], [0, 1, 2]]
+    )
+    head.kernel.assign((ratio * scale).astype("float32"))
+    before, _ = head.kernel_quantizer.to_codes(ops.convert_to_tensor(head.kernel))
+    snap_biases(model)
+    after, _ = head.kernel_quantizer.to_codes(ops.convert_to_tensor(head.kernel))
+    np.testing.assert_array_equal(ops.convert_to_numpy(after), ops.convert_to_numpy(before))
+    moved = ops.convert_to_numpy(head.kernel).astype("float64") / scale
+    # 2.4998 is far enough, and so is all that is no half.
+    near = np.array([[1, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]], bool)
+    np.testing.assert_allclose(np.abs(moved - ratio)[near], 1e-4, atol=3e-5)
+    np.testing.assert_allclose(moved[~near], ratio[~near], atol=3e-5)
+    beside = moved - ops.convert_to_numpy(after)
+    assert np.all(np.abs(np.abs(beside) - 0.5) > 5e-5)
