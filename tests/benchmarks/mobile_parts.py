@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from keras_lowbit.progress import table
 
 # Least agreement in percent and signal-to-noise ratio in dB after reconstruction.
@@ -88,6 +90,58 @@ def reconstruction_part(found):
         "`python tests/benchmarks/reconstruction.py --images X.npz --weights FLOAT.weights.h5`",
         "`--out docs/results/mobilenet_v2_reconstruction.json`; tuned on even-numbered images,",
         f"measured on the {found[0]['images']} odd-numbered ones through the exported file.\n",
+        table("", columns, rows).strip(),
+        "",
+    ]
+
+
+def recipes_part(folder):
+    """Recipes on calibration images, from the metrics of their runs; nothing where none ran."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        metrics = json.loads(path.read_text())
+        recipe, accuracy = metrics["recipe"], metrics["accuracy"]
+        bar, _ = RECONSTRUCTION_BARS.get(recipe["quantize"]["scheme"], (None, None))
+        tuned = recipe["reconstruct"]
+        for kind in recipe["export"]["weights"]:
+            scored, file = accuracy[kind], metrics["files"][f"model_{kind}.tflite"]
+            agreement = scored["float_agreement"]
+            rows.append(
+                (
+                    recipe["name"],
+                    kind,
+                    tuned["steps"],
+                    tuned["views"],
+                    f"{agreement:.1%}",
+                    f"{scored['agreement']:.1%}",
+                    percent(scored),
+                    f"{file['bytes']:,}",
+                    f"{file['wrong_codes']} of {file['compared_codes']:,}",
+                    "" if bar is None else f"{bar} %",
+                    "" if bar is None else ("yes" if 100 * agreement >= bar else "NO"),
+                )
+            )
+    if not rows:
+        return []
+    columns = (
+        "recipe",
+        "file",
+        "steps a block",
+        "views",
+        "as float",
+        "as Keras",
+        "accuracy",
+        "bytes",
+        "wrong codes",
+        "bar",
+        "reached",
+    )
+    return [
+        "## MobileNetV2 of the zoo: block reconstruction by recipe, without labels\n",
+        "`keras-lowbit train configs/RECIPE.toml --data imagenet_calibration.npz --weights FLOAT`",
+        "`--out RUN`, images split by `zoo/split_npz.py`: even-numbered ones tune, odd-numbered",
+        "ones measure, also the shares of images that a file answers as the float model and as the",
+        "Keras model do.\n",
         table("", columns, rows).strip(),
         "",
     ]

@@ -34,8 +34,9 @@ def keep(folder: Path) -> None:
     recipe = metrics["recipe"]
     for section, key in (("data", "name"), ("model", "weights")):
         recipe[section][key] = Path(recipe[section][key]).name
-    KEPT.mkdir(parents=True, exist_ok=True)
-    target = KEPT / f"{recipe['name']}.json"
+    imagenet = recipe["data"]["name"].startswith("imagenet")
+    target = (KEPT / "imagenet" if imagenet else KEPT) / f"{recipe['name']}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
 
 
@@ -115,6 +116,7 @@ def page() -> str:
             table("", columns, earlier).strip(),
             "",
         ]
+    parts += mobile_parts.recipes_part(KEPT / "imagenet")
     for name, part in mobile_parts.PARTS.items():
         parts += _from_file(name, part)
     parts += study_part.part(KEPT / "study")
