@@ -140,8 +140,7 @@ def recipes_part(folder):
         "## MobileNetV2 of the zoo: block reconstruction by recipe, without labels\n",
         "`keras-lowbit train configs/RECIPE.toml --data imagenet_calibration.npz --weights FLOAT`",
         "`--out RUN`, images split by `zoo/split_npz.py`: even-numbered ones tune, odd-numbered",
-        "ones measure, also the shares of images that a file answers as the float model and as the",
-        "Keras model do.\n",
+        "ones measure how often a file answers as the float and as the Keras model do.\n",
         table("", columns, rows).strip(),
         "",
     ]
