@@ -142,15 +142,25 @@ def index(entry: registry.Entry) -> None:
 
 def overview(known) -> str:
     """`zoo/README.md`."""
-    columns = ("model", "bits", "float", "file (95 %)", "packed", "int8 file", "int4 file")
+    columns = (
+        "model",
+        "bits",
+        "images",
+        "float",
+        "file (95 %)",
+        "packed",
+        "int8 file",
+        "int4 file",
+    )
     rows = []
-    for entry in known.values():
+    for entry in sorted(known.values(), key=lambda entry: entry.name):
         kinds = list(entry.file_bytes)
         low, high = entry.interval
         rows.append(
             (
                 f"[{entry.name}]({entry.name}/README.md)",
                 entry.scheme,
+                entry.data,
                 f"{entry.accuracy['float']:.2%}",
                 f"{entry.accuracy[kinds[0]]:.2%} ({low:.1%}-{high:.1%})",
                 f"{entry.bytes:,}",
@@ -165,7 +175,9 @@ def overview(known) -> str:
         "Evidence of released models, one folder each: card, metrics, probe tensors. This page is",
         "written by `python zoo/release.py RUN_FOLDER`; nothing here is imported, the code is in",
         "`keras_lowbit/zoo/`, and the checkpoints ship in `keras_lowbit/zoo/released/`.\n",
-        "Accuracy is that of the exported file on the test images.\n",
+        "Accuracy is that of the exported file on the test images of the data named; each card",
+        "says what they are. `imagenet_calibration` are training images of ImageNet: accuracy on",
+        "them says only how near a file comes to the float model.\n",
         table("", columns, rows).strip(),
         "",
     ]
