@@ -107,6 +107,21 @@ def convert_part(found):
     ]
 
 
+def load_part(found):
+    """Seconds to load a model of the zoo."""
+    reached = "yes" if found["reached"] else "NO"
+    row = tuple(f"{found[key]:.2f}" for key in ("import", "load", "seconds", "bar"))
+    columns = ("import keras_lowbit", "zoo.load", "both", "bar", "reached")
+    return [
+        f"## Loading {found['name']} on {found['backend']}\n",
+        f"`python tests/benchmarks/load_time.py {found['name']}`",
+        "`--out docs/results/load_BACKEND.json`: seconds after `import keras`, medians of",
+        f"{found['runs']} fresh processes, {found['processor']}.\n",
+        table("", columns, [(*row, reached)]).strip(),
+        "",
+    ]
+
+
 # File of `docs/results/` to what is written from it.
 PARTS = {
     "step_tensorflow": step_part,
@@ -117,4 +132,7 @@ PARTS = {
     "method_step": methods_part,
     "import_time": import_part,
     "convert_cost": convert_part,
+    "load_tensorflow": load_part,
+    "load_torch": load_part,
+    "load_jax": load_part,
 }
