@@ -167,6 +167,7 @@ def test_weights_on_the_border_between_codes_leave_it():
     moved = ops.convert_to_numpy(head.kernel).astype("float64") / scale
     # 2.4998 is far enough, and so is all that is no half.
     near = np.array([[1, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]], bool)
+    # In codes: float32 knows a ratio of 128 to 1e-5, and two of the ratios lie 1e-5 off the border.
     np.testing.assert_allclose(np.abs(moved - ratio)[near], 1e-4, atol=3e-5)
     np.testing.assert_allclose(moved[~near], ratio[~near], atol=3e-5)
     beside = moved - ops.convert_to_numpy(after)
