@@ -22,13 +22,16 @@ def keras_accuracy(model: keras.Model, x, y, batch_size: int = 250) -> float:
 
 def keras_answers(model: keras.Model, x, batch_size: int = 250, what: str = "") -> np.ndarray:
     """Class with the largest output, for each image; images may be read on demand."""
-    batch_size = min(batch_size, _fitting(x))
+    # Batches of one size, the last one filled up: TensorFlow traces each size anew.
+    batches = max(1, math.ceil(len(x) / min(batch_size, _fitting(x))))
+    batch_size = max(1, math.ceil(len(x) / batches))
     dtype = keras.backend.standardize_dtype(model.inputs[0].dtype)
     answers = []
     with _without_xla(model):
         for part in _parts(x, 2 * batch_size, what or f"run {model.name}"):
-            outputs = model.predict(as_input(part, dtype), batch_size=batch_size, verbose=0)
-            answers.append(np.asarray(outputs).argmax(-1))
+            part, count = _filled(as_input(part, dtype), batch_size), len(part)
+            outputs = model.predict(part, batch_size=batch_size, verbose=0)
+            answers.append(np.asarray(outputs)[:count].argmax(-1))
     return np.concatenate(answers)
 
 
@@ -65,9 +68,7 @@ def file_answers(content: bytes, x, what: str = "run the file") -> np.ndarray:
         raise ValueError(f"The images have {given} pixels; the file takes {wanted}")
     answers = []
     for part in _parts(x, max(1, min(500, _fitting(x)) // batch) * batch, what):
-        part, count = as_input(part, dtype), len(part)
-        missing = -count % batch
-        part = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
+        part, count = _filled(as_input(part, dtype), batch), len(part)
         outputs = session.run({name: part})
         answers.append(next(iter(outputs.values()))[:count].argmax(-1))
     return np.concatenate(answers)
@@ -142,6 +143,11 @@ def shown(scored: dict) -> str:
 
 def _fitting(x):
     return max(1, _FLIGHT // (4 * math.prod(x.shape[1:])))
+
+
+def _filled(part, batch):
+    """Whole batches: the last image again and again behind the others."""
+    return np.concatenate([part, np.repeat(part[-1:], -len(part) % batch, axis=0)])
 
 
 def _parts(x, size, what):

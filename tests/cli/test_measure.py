@@ -39,6 +39,24 @@ def test_answers_of_a_keras_model_are_those_of_one_predict(backend):
     assert measure.keras_accuracy(model, x, expected) == 1.0
 
 
+@pytest.mark.parametrize("batch_size", [1, 5, 8, 22, 250])
+def test_a_keras_model_sees_batches_of_one_size_only(backend, batch_size):
+    sizes = []
+
+    class Watched(keras.layers.Layer):
+        def call(self, x):
+            sizes.append(x.shape[0])
+            return x
+
+    model = keras.Sequential([keras.Input((3,)), Watched()])
+    x = np.eye(3, dtype="float32")[np.arange(23) % 3]
+    del sizes[:]
+    np.testing.assert_array_equal(measure.keras_answers(model, x, batch_size), np.arange(23) % 3)
+    seen = set(sizes) - {None}
+    assert len(seen) == 1
+    assert seen.pop() <= batch_size
+
+
 @pytest.mark.runtime
 @pytest.mark.parametrize("input_type", ["float32", "uint8", "int8"])
 @pytest.mark.parametrize("batch", [1, 4])
