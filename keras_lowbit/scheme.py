@@ -15,6 +15,7 @@ from keras_lowbit.numerics.grid import check_bits
 _SHORT = re.compile(r"w(?P<kernel>\d+|t)a(?P<activation>\d+)")
 TERNARY, TERNARY_BITS = "ternary", 2
 _SIGN = "sign"
+FLOAT = "float"
 BINARY_ACTIVATIONS = ("heaviside", _SIGN)
 # Quantizers of few levels; layers that keep 8 bits beside them take this one.
 _FEW_LEVELS, _BESIDE = (TERNARY, "levels"), "lsq"
@@ -73,7 +74,8 @@ class Scheme:
         activation: quantizer of activations, a name.
         per_channel: one kernel scale for each output channel (one for the kernel if False).
         ends_bits: width of the first and last layers' kernels and inputs; `None` treats them
-            like the others.
+            like the others, `"float"` leaves them float, as many papers do: such a model trains
+            and answers, but no integer file holds it.
         exceptions: layer-name pattern (`*` and `?` as in a shell) to `"w8a8"`, or to `None` for
             a layer that stays float. The last pattern that matches wins.
         kernel_options: more arguments of the quantizers that `kernel` names, such as
@@ -92,7 +94,7 @@ class Scheme:
     kernel: str = "lsq"
     activation: str = "lsq"
     per_channel: bool = True
-    ends_bits: int | None = 8
+    ends_bits: int | str | None = 8
     exceptions: Mapping[str, str | None] = field(default_factory=dict)
     kernel_options: Mapping[str, Any] = field(default_factory=dict)
     activation_options: Mapping[str, Any] = field(default_factory=dict)
@@ -107,7 +109,12 @@ class Scheme:
                 )
             object.__setattr__(self, "kernel_bits", TERNARY_BITS)
         Widths(self.kernel_bits, self.activation_bits)
-        if self.ends_bits is not None:
+        if isinstance(self.ends_bits, str) and self.ends_bits != FLOAT:
+            raise ValueError(
+                f"Scheme: ends_bits is a width from 1 to 8, None or {FLOAT!r}. "
+                f"Got {self.ends_bits!r}"
+            )
+        if self.ends_bits not in (None, FLOAT):
             Widths(self.ends_bits, self.ends_bits)
         for widths in self.exceptions.values():
             if widths is not None:
@@ -172,7 +179,9 @@ class Scheme:
         """Bits of a layer, or `None` where it stays float."""
         beside = _BESIDE if self.kernel in _FEW_LEVELS else None
         chosen: Widths | None = Widths(self.kernel_bits, self.activation_bits)
-        if is_end and self.ends_bits is not None:
+        if is_end and self.ends_bits == FLOAT:
+            chosen = None
+        elif is_end and self.ends_bits is not None:
             chosen = Widths(self.ends_bits, self.ends_bits, beside)
         for pattern, widths in self.exceptions.items():
             if fnmatch.fnmatchcase(layer_name, pattern):

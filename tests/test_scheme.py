@@ -57,6 +57,15 @@ def test_ends_have_their_own_width_unless_a_pattern_names_them():
     assert flat.widths("stem", is_end=True) == Widths(2, 2)
 
 
+def test_ends_may_stay_float():
+    scheme = Scheme(2, 2, ends_bits="float", exceptions={"head": "w8a8"})
+    assert scheme.widths("stem", is_end=True) is None
+    assert scheme.widths("conv", is_end=False) == Widths(2, 2)
+    assert scheme.widths("head", is_end=True) == Widths(8, 8)
+    with pytest.raises(ValueError, match=r"ends_bits is a width.*or 'float'\. Got 'w8a8'"):
+        Scheme(ends_bits="w8a8")
+
+
 def test_a_mapping_without_star_means_8_bits_elsewhere():
     assert Scheme.of({"head": None}).widths("conv", is_end=False) == Widths(8, 8)
 

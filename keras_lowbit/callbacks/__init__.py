@@ -12,6 +12,7 @@ from keras_lowbit.callbacks.freeze_oscillating import FreezeOscillating
 from keras_lowbit.callbacks.resume import Resume
 from keras_lowbit.callbacks.scale_guard import ScaleError, ScaleGuard
 from keras_lowbit.callbacks.stochastic_precision import StochasticPrecision
+from keras_lowbit.callbacks.temperature_annealing import TemperatureAnnealing
 from keras_lowbit.callbacks.ternary_phases import TernaryPhases, attach_cosine
 from keras_lowbit.callbacks.two_stage import TwoStage
 
@@ -29,6 +30,7 @@ __all__ = [
     "ScaleError",
     "ScaleGuard",
     "StochasticPrecision",
+    "TemperatureAnnealing",
     "TernaryPhases",
     "TwoStage",
     "attach_cosine",

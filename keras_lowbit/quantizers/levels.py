@@ -42,7 +42,7 @@ class Levels(Quantizer):
         bits: 1..8. Fixed: levels are variables, so their number does not change.
         per_filter: levels for each filter (`axis`), not for the whole kernel.
         mode: `"codebook"`, `"basis"` or `"selector"` (bits up to 2: it keeps K copies of the
-            kernel; a callback may move its variable `temperature`).
+            kernel; `callbacks.TemperatureAnnealing` lowers its variable `temperature`).
         init: `"lloyd"` (k-means of the kernel from Gaussian quantiles) or `"uniform"` (evenly
             spaced over the kernel's range).
         axis: axes that keep levels of their own with `per_filter`; ignored without, because layers

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_lowbit import layers, quantizers
+from keras_lowbit import NotExportable, layers, quantizers
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
 from keras_lowbit.transform import calibrate, quantize_model
@@ -79,6 +79,19 @@ def test_ends_take_8_bits_and_the_middle_the_scheme():
     }
     flat = {"kernel_bits": 2, "activation_bits": 3, "ends_bits": None}
     assert kernels(quantize_model(small_model(), flat)) == {"stem": 2, "mid": 2, "head": 2}
+
+
+def test_ends_that_stay_float_are_the_layers_they_were_and_no_file_holds_them():
+    scheme = {"kernel_bits": 2, "activation_bits": 3, "ends_bits": "float"}
+    model = quantize_model(small_model(), scheme)
+    assert kernels(model) == {"mid": 2}
+    assert {type(model.get_layer(name)) for name in ("stem", "head")} == {K.Conv2D, K.Dense}
+    calibrate(model, images())
+    model.compile("sgd", "mse")
+    model.fit(images(4), np.ones((4, 2)), verbose=0)
+    assert np.isfinite(model.predict(images(4), verbose=0)).all()
+    with pytest.raises(NotExportable, match="stem"):
+        integer_graph(model)
 
 
 def test_the_original_model_is_untouched():
