@@ -1,10 +1,11 @@
 """Release a trained run: packed checkpoint, metrics, card, probe tensors, index and table.
 
     python zoo/release.py RUN_FOLDER [--name NAME] [--origin TEXT]
+    python zoo/release.py --again                  cards and table of all models, written anew
 
 RUN_FOLDER is one of `keras-lowbit train`. The checkpoint goes to `keras_lowbit/zoo/released/`, the
 evidence to `zoo/NAME/`. A run is refused whose packed checkpoint does not give the very files that
-were measured.
+were measured. Both time the files, so run them where nothing else runs.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ import argparse
 import hashlib
 import json
 import math
+import platform
 from pathlib import Path
 
 import keras
 import numpy as np
+from cards import card, overview
 
 import keras_lowbit as klb
 import tflite_export
 from keras_lowbit.packed import load_packed
-from keras_lowbit.progress import table
 from keras_lowbit.zoo import registry
 from tflite_export import runtime
 
-ROOT = Path(__file__).resolve().parents[1]
-EVIDENCE = ROOT / "zoo"
+EVIDENCE = Path(__file__).resolve().parent
 PROBES = 4
+RUNS = 50  # timed inferences of a file
 SHIPPED_LIMIT = 40 * 2**20  # bytes of all checkpoints together, in the wheel
 
 
@@ -72,27 +74,59 @@ def release(folder: Path, name: str, origin: str) -> registry.Entry:
     klb.save_packed(model, checkpoint)
     content = checkpoint.read_bytes()
     packed = load_packed(checkpoint, compile=False)
-    shape = tuple(packed.input_shape[1:])
-    images = probe_images(shape)
-    probes = {"seed": 0, "shape": list(shape), "outputs": {}}
+    made = files_of(packed, metrics)
+    images = probe_images(packed.input_shape[1:])
+    outputs = {weights: outputs_of(file, images) for weights, file in made.items()}
+    probes = {"seed": 0, "shape": images.shape[1:], "outputs": outputs}
+    metrics["latency"] = latency_of(made)
     recipe = metrics["recipe"]
-    for weights in recipe["export"]["weights"]:
-        result = export(packed, recipe, weights)
-        measured = metrics["files"][f"model_{weights}.tflite"]
-        if hashlib.sha256(result.content).hexdigest() != measured["sha256"]:
-            raise ValueError(f"{folder}: the packed model gives another {weights} file")
-        probes["outputs"][weights] = outputs_of(result.content, images)
     for section, key in (("data", "name"), ("model", "weights")):
         recipe[section][key] = Path(recipe[section][key]).name
     (registry.RELEASED / f"{name}.keras").write_bytes(content)
     evidence = EVIDENCE / name
     evidence.mkdir(exist_ok=True)
-    (evidence / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
     (evidence / "probes.json").write_text(json.dumps(probes) + "\n")
     entry = entry_of(name, metrics, packed, content, origin)
-    (evidence / "README.md").write_text(card(entry, metrics))
+    write(entry, metrics)
     index(entry)
     return entry
+
+
+def again(entry: registry.Entry) -> None:
+    """Metrics and card of a released model, its files made from the checkpoint and timed anew."""
+    metrics = json.loads((EVIDENCE / entry.name / "metrics.json").read_text())
+    packed = load_packed(registry.RELEASED / f"{entry.name}.keras", compile=False)
+    metrics["latency"] = latency_of(files_of(packed, metrics))
+    write(entry, metrics)
+
+
+def write(entry: registry.Entry, metrics) -> None:
+    """Metrics and card."""
+    evidence = EVIDENCE / entry.name
+    (evidence / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+    (evidence / "README.md").write_text(card(entry, metrics))
+
+
+def files_of(model, metrics) -> dict[str, bytes]:
+    """The files that were measured, made from a packed model.
+
+    Raises:
+        ValueError: one of them differs.
+    """
+    made = {}
+    for weights in metrics["recipe"]["export"]["weights"]:
+        content = export(model, metrics["recipe"], weights).content
+        measured = metrics["files"][f"model_{weights}.tflite"]
+        if hashlib.sha256(content).hexdigest() != measured["sha256"]:
+            raise ValueError(f"{model.name}: the packed model gives another {weights} file")
+        made[weights] = content
+    return made
+
+
+def latency_of(files: dict[str, bytes]) -> dict:
+    """Median milliseconds of each file on one thread."""
+    ms = {kind: runtime.median_latency(content, runs=RUNS) for kind, content in files.items()}
+    return {"ms": ms, "runs": RUNS, "machine": platform.machine()}
 
 
 def outputs_of(content: bytes, images) -> list[list[float]]:
@@ -140,131 +174,20 @@ def index(entry: registry.Entry) -> None:
     (EVIDENCE / "README.md").write_text(overview(known))
 
 
-def overview(known) -> str:
-    """`zoo/README.md`."""
-    columns = (
-        "model",
-        "bits",
-        "images",
-        "float",
-        "file (95 %)",
-        "packed",
-        "int8 file",
-        "int4 file",
-    )
-    rows = []
-    for entry in sorted(known.values(), key=lambda entry: entry.name):
-        kinds = list(entry.file_bytes)
-        low, high = entry.interval
-        rows.append(
-            (
-                f"[{entry.name}]({entry.name}/README.md)",
-                entry.scheme,
-                entry.data,
-                f"{entry.accuracy['float']:.2%}",
-                f"{entry.accuracy[kinds[0]]:.2%} ({low:.1%}-{high:.1%})",
-                f"{entry.bytes:,}",
-                f"{entry.file_bytes.get('int8', 0):,}",
-                f"{entry.file_bytes.get('int4', 0):,}",
-            )
-        )
-    recipes = sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
-    waiting = [name for name in recipes if name not in known and not name.startswith("digits")]
-    parts = [
-        "# zoo/\n",
-        "Evidence of released models, one folder each: card, metrics, probe tensors. This page is",
-        "written by `python zoo/release.py RUN_FOLDER`; nothing here is imported, the code is in",
-        "`keras_lowbit/zoo/`, and the checkpoints ship in `keras_lowbit/zoo/released/`.\n",
-        "Accuracy is that of the exported file on the test images of the data named; each card",
-        "says what they are. `imagenet_calibration` are training images of ImageNet: accuracy on",
-        "them says only how near a file comes to the float model.\n",
-        table("", columns, rows).strip(),
-        "",
-    ]
-    if waiting:
-        parts += ["Recipes in `configs/` that are not trained yet:\n"]
-        parts += [f"* `{name}`" for name in waiting]
-    return "\n".join(parts) + "\n"
-
-
-def card(entry: registry.Entry, metrics) -> str:
-    """A model card."""
-    recipe, accuracy = metrics["recipe"], metrics["accuracy"]
-    rows = [
-        (kind, f"{s['accuracy']:.2%}", _interval(s), _share(s.get("float_agreement")))
-        for kind, s in accuracy.items()
-    ]
-    files = [
-        (kind, f"{size:,}", _wrong(metrics["files"][f"model_{kind}.tflite"]))
-        for kind, size in entry.file_bytes.items()
-    ]
-    versions = ", ".join(f"{name} {v}" for name, v in metrics["versions"].items())
-    shape = "x".join(map(str, entry.input_shape))
-    images = next(iter(accuracy.values()))["images"]
-    return "\n".join(
-        [
-            f"# {entry.name}\n",
-            f"`keras_lowbit.zoo.load({entry.name!r})`\n",
-            f"* Architecture: `{entry.architecture}`, {shape} pixels 0..255 (normalized inside), "
-            f"{entry.classes} classes.",
-            f"* Bits: {entry.scheme}, first and last layer at {recipe['quantize']['ends_bits']}.",
-            f"* Data: {metrics['data']}. {recipe['data']['holdout']} training images were set "
-            f"aside for choices. {recipe['data'].get('about', '')}".rstrip(),
-            f"* Recipe: `configs/{recipe['name']}.toml`: {how(recipe)}; "
-            f"{metrics['train_seconds']:.0f} s on {metrics['backend']}.",
-            f"* Starting weights: {entry.origin}.",
-            f"* Versions: {versions}.\n",
-            f"## Accuracy on {images:,} {metrics['judged_on']}\n",
-            table("", ("model", "accuracy", "95 % interval", "same as float"), rows).strip(),
-            "",
-            "## Files\n",
-            f"Packed checkpoint: {entry.bytes:,} bytes.\n",
-            table("", ("file", "bytes", "wrong codes"), files).strip(),
-            "",
-            "## Limits\n",
-            "Trained for the data above; images of another kind get an answer all the same, and "
-            "the softmax of the logits is not a calibrated probability.",
-            "",
-        ]
-    )
-
-
-def how(recipe) -> str:
-    """What a recipe does, in a line."""
-    train, blocks = recipe["train"], recipe.get("reconstruct", {"steps": 0})
-    parts = []
-    if blocks["steps"]:
-        parts.append(
-            f"block reconstruction without labels, {blocks['steps']} steps of "
-            f"{blocks['batch_size']} images a block"
-        )
-    if train["epochs"]:
-        parts.append(
-            f"{train['epochs']} epochs, batch {train['batch_size']}, rate "
-            f"{train['learning_rate']}, distillation {train['distill']}, seed {train['seed']}"
-        )
-    return "; ".join(parts) or "post-training, calibration alone"
-
-
-def _share(agreement):
-    return "" if agreement is None else f"{agreement:.2%}"
-
-
-def _interval(scored):
-    low, high = scored["interval"]
-    return f"{low:.2%}-{high:.2%}"
-
-
-def _wrong(file):
-    return f"{file['wrong_codes']} of {file['compared_codes']:,}"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--again", action="store_true", help="cards and table of all models")
     parser.add_argument("--name", default="")
     parser.add_argument("--origin", default="trained here from random weights, Apache-2.0")
     arguments = parser.parse_args()
+    if arguments.again == (arguments.folder is not None):
+        parser.error("give a run's folder, or --again")
+    if arguments.again:
+        for entry in registry.entries().values():
+            again(entry)
+        (EVIDENCE / "README.md").write_text(overview(registry.entries()))
+        return
     metrics = json.loads((arguments.folder / "metrics.json").read_text())
     name = arguments.name or metrics["recipe"]["name"]
     print(release(arguments.folder, name, arguments.origin))

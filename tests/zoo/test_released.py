@@ -1,5 +1,6 @@
 """Every released model: its evidence, and its probe tensors on this backend and in LiteRT."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -62,6 +63,27 @@ def test_evidence_and_index_agree(name):
     assert all(file["wrong_codes"] == 0 for file in metrics["files"].values())
     assert (ROOT / "configs" / f"{metrics['recipe']['name']}.toml").is_file()
     assert entry.name in (EVIDENCE / name / "README.md").read_text()
+
+
+def cards():
+    spec = importlib.util.spec_from_file_location("cards", EVIDENCE / "cards.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", zoo.list())
+def test_the_card_is_what_the_script_writes_and_times_every_file(name):
+    entry, metrics = zoo.info(name), json.loads((EVIDENCE / name / "metrics.json").read_text())
+    assert set(metrics["latency"]["ms"]) == set(entry.file_bytes)
+    assert all(ms > 0 for ms in metrics["latency"]["ms"].values())
+    assert (EVIDENCE / name / "README.md").read_text() == cards().card(entry, metrics)
+
+
+@pytest.mark.once
+def test_the_table_of_models_is_what_the_script_writes():
+    assert (EVIDENCE / "README.md").read_text() == cards().overview(registry.entries())
 
 
 @pytest.mark.once
