@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keras_lowbit.numerics import ranges
 from keras_lowbit.numerics.ranges import (
     METHODS,
     SMALLEST_SCALE,
@@ -76,6 +77,26 @@ def test_least_squares_is_never_worse_than_covering(x, grid):
     cover = squared_error(x, scale_minmax(x, lo, hi).astype(np.float64), lo, hi)
     # Rounding the found scale to float32 may cost a few parts in 1e7 of the values' squares.
     assert (mse <= cover + 1e-6 * np.square(x).max()).all()
+
+
+@pytest.mark.parametrize("grid", [(-127, 127), (-7, 7), (-8, 7), (-2, 1), (0, 15), (-1, 1)])
+@pytest.mark.parametrize("rows", [1, 9, 700])
+def test_least_squares_is_the_first_best_of_the_whole_search(monkeypatch, grid, rows):
+    lo, hi = grid
+    random = np.random.default_rng(rows)
+    x = random.standard_normal((rows, 7)).astype("float32") * np.float32([0, 1, 9, 1e-9, 1, 1, 1])
+    x[:, 4] = np.abs(x[:, 4])
+    x[:, 5] = np.sign(x[:, 5])  # several scales without an error: the first wins
+    x[0, 6] = 50.0
+    covering = scale_minmax(x, lo, hi).astype(np.float64)
+    widest = np.maximum(covering, np.abs(x).max(axis=0) / hi if lo == -hi - 1 else 0)
+    tried = [covering, *(widest * shrink for shrink in np.linspace(1.0, 0.02, 100))]
+    tried = np.maximum(tried, SMALLEST_SCALE)
+    errors = [squared_error(x.astype(np.float64), scale, lo, hi) for scale in tried]
+    wanted = np.take_along_axis(tried, np.argmin(errors, axis=0)[None], axis=0)[0]
+    for block in (1 << 20, 3 * rows):  # all columns at once, and three by three
+        monkeypatch.setattr(ranges, "_BLOCK", block)
+        np.testing.assert_array_equal(scale_mse(x, lo, hi), wanted.astype("float32"))
 
 
 @given(values, grids, st.sampled_from(METHODS))
