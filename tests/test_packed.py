@@ -1,5 +1,7 @@
+import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -10,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_lowbit import packed, weights_file
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
 from keras_lowbit.integer.graph import dump
@@ -148,6 +151,30 @@ def test_loading_runs_no_random_initializer(tmp_path, monkeypatch):
     loaded = keras.models.load_model(tmp_path / "m.keras")
     with pytest.raises(AssertionError, match="a random initializer ran"):
         keras.models.clone_model(loaded)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_loading_leaves_the_garbage_collector_as_it_was(tmp_path, monkeypatch, enabled, fails):
+    path = tmp_path / "m.keras"
+    save_packed(quantized("w4a4"), path)
+    during = []
+
+    def fill(model, content):
+        during.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("no memory")
+        weights_file.fill(model, content)
+
+    monkeypatch.setattr(packed, "fill", fill)
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            load_packed(path)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+    assert during == [False]
 
 
 def test_a_copy_of_a_loaded_layer_starts_at_random(tmp_path):
