@@ -1,14 +1,21 @@
-"""Runs of `keras-lowbit train`, one after the other, inside a time limit."""
+"""Runs of `keras-lowbit train`, one after the other or several at a time, inside a time limit."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import queue
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+
+# What numerical libraries take their number of threads from.
+_THREADS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,11 @@ class Job:
         """Whether a run before ended here."""
         return (self.out / "metrics.json").is_file()
 
+    @property
+    def log(self) -> Path:
+        """What the run prints, where several run at a time."""
+        return self.out.with_suffix(".log")
+
 
 def add_arguments(parser) -> None:
     """What all scripts that train take."""
@@ -32,40 +44,107 @@ def add_arguments(parser) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=math.inf, help="limit for all")
     parser.add_argument("--backend", default="tensorflow")
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        help="runs at a time, which share the cores; each prints to OUT/<run>.log",
+    )
 
 
 def run_jobs(jobs: Iterable[Job], given, after: Callable[[Job], None] = lambda job: None) -> None:
-    """Run what is not done; at the limit the run under way is stopped, and its snapshots stay.
+    """Run what is not done; at the limit runs under way are stopped, and their snapshots stay.
 
     Args:
         jobs: in order.
         given: parsed `add_arguments`.
-        after: called with each job that is done, now or before.
+        after: called with each job that is done, now or before, one at a time.
 
     Raises:
-        SystemExit: some job failed; the others ran.
+        SystemExit: some job failed (the others ran), or no run at a time.
     """
+    if given.parallel < 1:
+        sys.exit(f"--parallel must be at least 1. Got {given.parallel}")
     end = time.monotonic() + 60 * given.minutes
+    shares: queue.Queue[list[int]] = queue.Queue()
+    for share in shares_of(sorted(_cores()), given.parallel):
+        shares.put(share)
     failed = []
-    for job in jobs:
-        if job.is_done:
-            print(f"{job.out.name}: done before, see {job.out}")
-            after(job)
-            continue
-        command = [sys.executable, "-m", "keras_lowbit.cli", "train", str(job.recipe)]
-        command += ["--out", str(job.out), "--backend", given.backend, *job.arguments]
-        for flag in ("data", "weights"):
-            if getattr(given, flag):
-                command += [f"--{flag}", getattr(given, flag)]
-        left = None if math.isinf(given.minutes) else max(end - time.monotonic(), 0.0)
+    with ThreadPoolExecutor(given.parallel) as pool:
+        waiting = {pool.submit(_run, job, given, end, shares): job for job in jobs}
         try:
-            code = subprocess.run(command, timeout=left).returncode
-        except subprocess.TimeoutExpired:
-            print(f"{job.out.name}: stopped at the time limit; run the command again to go on")
-            break
-        if code:
-            failed.append(job.out.name)
-        else:
-            after(job)
+            for future in as_completed(waiting):
+                job, code = waiting[future], future.result()
+                if code is None:
+                    print(f"{job.out.name}: not done in time; run the command again to go on")
+                elif code:
+                    failed.append(job.out.name)
+                else:
+                    after(job)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
+
+
+def shares_of(cores: list[int], parts: int) -> list[list[int]]:
+    """Cores of each of `parts`, even to one; with more parts than cores they meet on some."""
+    parts_with_cores = [cores[i::parts] for i in range(parts)]
+    return [share or [cores[i % len(cores)]] for i, share in enumerate(parts_with_cores)]
+
+
+def command_of(job: Job, given) -> list[str]:
+    """The command line of a job."""
+    command = [sys.executable, "-m", "keras_lowbit.cli", "train", str(job.recipe)]
+    command += ["--out", str(job.out), "--backend", given.backend, *job.arguments]
+    for flag in ("data", "weights"):
+        if getattr(given, flag):
+            command += [f"--{flag}", getattr(given, flag)]
+    return command
+
+
+def _cores():
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+
+
+def _run(job, given, end, shares):
+    """Exit code, 0 for what is done; `None`: not done at the time limit."""
+    if job.is_done:
+        print(f"{job.out.name}: done before, see {job.out}")
+        return 0
+    left = end - time.monotonic()
+    if left <= 0:
+        return None
+    share = shares.get()
+    try:
+        with _started(job, given, share) as process:
+            return process.wait(None if math.isinf(left) else left)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        shares.put(share)
+
+
+@contextlib.contextmanager
+def _started(job, given, share):
+    """The process of a job, on some cores where others run beside it; ends with the `with`."""
+    command = command_of(job, given)
+    if given.parallel == 1:
+        process = subprocess.Popen(command)
+    else:
+        print(f"{job.out.name}: begins, see {job.log}", flush=True)
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        threads = {name: str(len(share)) for name in _THREADS}
+        with job.log.open("a") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env={**os.environ, **threads}
+            )
+        if hasattr(os, "sched_setaffinity"):  # its threads, made later, stay there too
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.sched_setaffinity(process.pid, share)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()

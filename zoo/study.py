@@ -1,7 +1,7 @@
 r"""What each training method buys: every recipe of `configs/study/`, with several seeds.
 
     python zoo/study.py --data cifar10.npz --weights FLOAT --out RUNS --minutes 600 \
-        [--arms 'w2a2_*'] [--seeds 1]
+        [--arms 'w2a2_*'] [--seeds 1] [--parallel 2]
 
 Runs what is not done yet, the first seed of every arm before the second of any, and stops at the
 time limit; given again, the command goes on. What was measured is kept in `docs/results/study/`,

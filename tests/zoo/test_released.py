@@ -1,6 +1,5 @@
 """Every released model: its evidence, and its probe tensors on this backend and in LiteRT."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import tflite_export
 from keras_lowbit import zoo
 from keras_lowbit.zoo import files, registry
+from tests.zoo.scripts import script
 from tflite_export import runtime
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,25 +65,18 @@ def test_evidence_and_index_agree(name):
     assert entry.name in (EVIDENCE / name / "README.md").read_text()
 
 
-def cards():
-    spec = importlib.util.spec_from_file_location("cards", EVIDENCE / "cards.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.once
 @pytest.mark.parametrize("name", zoo.list())
 def test_the_card_is_what_the_script_writes_and_times_every_file(name):
     entry, metrics = zoo.info(name), json.loads((EVIDENCE / name / "metrics.json").read_text())
     assert set(metrics["latency"]["ms"]) == set(entry.file_bytes)
     assert all(ms > 0 for ms in metrics["latency"]["ms"].values())
-    assert (EVIDENCE / name / "README.md").read_text() == cards().card(entry, metrics)
+    assert (EVIDENCE / name / "README.md").read_text() == script("cards").card(entry, metrics)
 
 
 @pytest.mark.once
 def test_the_table_of_models_is_what_the_script_writes():
-    assert (EVIDENCE / "README.md").read_text() == cards().overview(registry.entries())
+    assert (EVIDENCE / "README.md").read_text() == script("cards").overview(registry.entries())
 
 
 @pytest.mark.once
