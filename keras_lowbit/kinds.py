@@ -26,6 +26,7 @@ _LAYERS = {
     K.Activation: "activation",
     K.Softmax: "activation",
     K.MaxPooling2D: "max_pool",
+    K.GlobalMaxPooling2D: "global_max_pool",
     K.AveragePooling2D: "average_pool",
     K.GlobalAveragePooling2D: "global_average_pool",
     K.ZeroPadding2D: "pad",
@@ -36,9 +37,21 @@ _LAYERS = {
     K.Dropout: "dropout",
     K.SpatialDropout2D: "dropout",
     K.Identity: "dropout",
+    K.ActivityRegularization: "dropout",
     K.Rescaling: "rescaling",
     K.Normalization: "normalization",
 }
+
+# Layers that change reals while training and nothing at inference; not every Keras has all.
+_AUGMENTATIONS = (
+    "AlphaDropout", "GaussianDropout", "GaussianNoise", "AugMix", "RandAugment",
+    "RandomBrightness", "RandomColorDegeneration", "RandomColorJitter", "RandomContrast",
+    "RandomElasticTransform", "RandomErasing", "RandomFlip", "RandomGaussianBlur",
+    "RandomGrayscale", "RandomHue", "RandomInvert", "RandomPerspective", "RandomPosterization",
+    "RandomRotation", "RandomSaturation", "RandomSharpness", "RandomShear", "RandomTranslation",
+    "RandomZoom",
+)  # fmt: skip
+_LAYERS |= {getattr(K, name): "augmentation" for name in _AUGMENTATIONS if hasattr(K, name)}
 
 # `keras.ops` calls: their classes are private to Keras, their names are the functions'.
 _OPERATIONS = {
@@ -50,13 +63,16 @@ _OPERATIONS = {
     "MaxPool": "max_pool",
     "AveragePool": "average_pool",
     "Mean": "global_average_pool",
+    "Max": "global_max_pool",
     "Pad": "pad",
     "GetItem": "strided_slice",
     "Reshape": "reshape",
 }
 
 # Calls that move codes about and leave their grid alone.
-TRANSPARENT = frozenset({"max_pool", "pad", "reshape", "dropout", "strided_slice"})
+TRANSPARENT = frozenset(
+    {"max_pool", "global_max_pool", "pad", "reshape", "dropout", "strided_slice"}
+)
 
 
 def kind_of(call: Call) -> str | None:

@@ -6,6 +6,7 @@ Functional, Sequential and nested models come out as one flat list, in execution
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -154,6 +155,19 @@ def _refer(structure, known: Mapping[int, Ref]):
     return keras.tree.map_structure(
         lambda leaf: known[id(leaf)] if isinstance(leaf, keras.KerasTensor) else leaf, structure
     )
+
+
+def infer(call: Call, args: tuple, kwargs: dict):
+    """A call in inference mode, for `run`.
+
+    Outside of a model Keras' random augmentation is on by default, and its calls in a model
+    remember that as if it had been asked for; all other layers are off.
+    """
+    operation = call.operation
+    by_default = inspect.signature(operation.call).parameters.get("training")
+    if by_default is not None and by_default.default is True:
+        kwargs = {**kwargs, "training": False}
+    return operation(*args, **kwargs)
 
 
 def run(

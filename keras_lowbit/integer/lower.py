@@ -388,10 +388,12 @@ RULES = {
     "add": _add,
     "concatenate": moves.concatenate,
     "max_pool": moves.max_pool,
+    "global_max_pool": moves.global_max_pool,
     "average_pool": moves.average_pool,
     "global_average_pool": moves.global_average_pool,
     "pad": moves.pad,
     "reshape": moves.reshape,
     "dropout": moves.same,
+    "augmentation": moves.same,
     "strided_slice": moves.strided_slice,
 }

@@ -13,11 +13,15 @@ from keras_lowbit.integer.emit import Linear, Moved, NotExportable, OnGrid
 def _moved(lowering, call, op, **attributes):
     parts = tuple(lowering.values[r.index] for r in call.inputs)
     shape = lowering.shape(call.output)
-    value = Moved(op, parts, attributes, shape, call.name)
-    if len(parts) == 1 and isinstance(parts[0], OnGrid) and parts[0].relu is None:
-        # Codes of a tensor on a grid stay on it.
-        return lowering.emitter.put(value, parts[0].grid, call.name)
-    return value
+    return _staying(lowering, Moved(op, parts, attributes, shape, call.name), call.name)
+
+
+def _staying(lowering, value, name):
+    """Codes of a tensor on a grid stay on it; others get theirs later."""
+    (first, *others) = value.parts
+    if others or not isinstance(first, OnGrid) or first.relu is not None:
+        return value
+    return lowering.emitter.put(value, first.grid, name)
 
 
 def concatenate(lowering, call):
@@ -77,16 +81,37 @@ def _window_sum(lowering, call, value, pool, strides, shape):
 def global_average_pool(lowering, call):
     """A mean over height and width."""
     value = lowering.grid_tensor(call)
-    operation = call.operation
-    axis = getattr(operation, "axis", (1, 2))
-    if len(value.shape) != 4 or tuple(a % 4 for a in np.atleast_1d(axis)) != (1, 2):
-        raise NotExportable(f"{call.name}: only a mean over height and width is supported")
-    pool = value.shape[1:3]
-    shape = (value.shape[0], 1, 1, value.shape[-1])
+    pool, shape = _whole_window(call, value, "mean")
     mean = _window_sum(lowering, call, value, pool, (1, 1), shape)
-    if operation.keepdims:
-        return mean
-    return Moved(ir.Reshape, (mean,), {}, (shape[0], shape[-1]), call.name)
+    return _without_window(call, mean, shape)
+
+
+def global_max_pool(lowering, call):
+    """The largest code over height and width."""
+    value = lowering.read(call)
+    pool, shape = _whole_window(call, value, "maximum")
+    attributes = {"pool": pool, "strides": (1, 1), "padding": "VALID"}
+    most = Moved(ir.MaxPool2D, (value,), attributes, shape, call.name)
+    if call.operation.keepdims:
+        return _staying(lowering, most, call.name)
+    most = _staying(lowering, most, f"{call.name}_window")
+    return _staying(lowering, _without_window(call, most, shape), call.name)
+
+
+def _whole_window(call, value, what):
+    """Window and output shape, with its axes kept, of what is taken over height and width."""
+    axis = getattr(call.operation, "axis", (1, 2))
+    axes = () if axis is None else tuple(a % 4 for a in np.atleast_1d(axis))
+    layout = getattr(call.operation, "data_format", "channels_last")
+    if len(value.shape) != 4 or axes != (1, 2) or layout != "channels_last":
+        raise NotExportable(f"{call.name}: only a {what} over height and width is supported")
+    return value.shape[1:3], (value.shape[0], 1, 1, value.shape[-1])
+
+
+def _without_window(call, value, shape):
+    if call.operation.keepdims:
+        return value
+    return Moved(ir.Reshape, (value,), {}, (shape[0], shape[-1]), call.name)
 
 
 def pad(lowering, call):

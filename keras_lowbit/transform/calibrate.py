@@ -57,7 +57,7 @@ def calibrate(model, images, *, method="mse", batch_size=32, samples=SAMPLES, on
                 ops.convert_to_tensor(a.astype(ref.dtype))
                 for a, ref in zip(batch, program.inputs, strict=True)
             ]
-            walk.run(program, feeds, lambda call, args, kwargs: call.operation(*args, **kwargs))
+            walk.run(program, feeds, walk.infer)
     for quantizer, x in reservoir.collected():
         quantizer.fit_scale(x, method)
     return snap_biases(model)

@@ -54,7 +54,7 @@ def correct_biases(model, float_model, images):
 
     def execute(call, args, kwargs):
         next(bar, None)
-        outputs = call.operation(*args, **kwargs)
+        outputs = walk.infer(call, args, kwargs)
         name = sites.get(call.output.index) if len(walk.refs(call.outputs)) == 1 else None
         if name not in means:
             return outputs
@@ -99,7 +99,7 @@ def _float_means(program, images):
     means = {}
 
     def execute(call, args, kwargs):
-        outputs = call.operation(*args, **kwargs)
+        outputs = walk.infer(call, args, kwargs)
         if _single(call) and kind_of(call) in ("product", "batch_norm"):
             means[call.name.replace("/", "_")] = _channel_mean(outputs)
         return outputs

@@ -13,6 +13,8 @@ from keras_lowbit import walk
 from keras_lowbit.kinds import TRANSPARENT, activation_name, kind_of
 
 STREAM_BITS = 8
+# What may stand between an input and the grid of its pixels, a Rescaling aside.
+BEFORE_GRID = TRANSPARENT | {"augmentation"}
 _STREAM_READERS = frozenset({"add", "average_pool", "global_average_pool"})
 
 
@@ -80,11 +82,11 @@ class Plan:
 
     def is_image(self, ref):
         """Whether `ref` is a model input, moved about or rescaled by one number at most."""
-        return self.walk_back(ref, TRANSPARENT | {"rescaling"}) is None
+        return self.walk_back(ref, BEFORE_GRID | {"rescaling"}) is None
 
     @staticmethod
     def _passes_image(call):
-        return kind_of(call) == "rescaling"
+        return kind_of(call) in ("rescaling", "augmentation")
 
     def ancestors(self, ref):
         """Every call that a tensor depends on."""
@@ -136,7 +138,7 @@ class Plan:
             if name == "linear" and kind == "activation":
                 return self.sign_and_limit(call.inputs[0])
             return name in ("relu", "relu6", "softmax", "sigmoid"), 6.0 if name == "relu6" else None
-        if kind in TRANSPARENT | {"average_pool", "global_average_pool"}:
+        if kind in BEFORE_GRID | {"average_pool", "global_average_pool"}:
             return self.sign_and_limit(call.inputs[0])
         if kind in ("add", "concatenate"):
             known = [self.sign_and_limit(r) for r in call.inputs]

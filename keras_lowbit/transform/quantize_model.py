@@ -16,7 +16,7 @@ from keras_lowbit import layers, quantizers, walk
 from keras_lowbit.kinds import TRANSPARENT, activation_name, kind_of
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
-from keras_lowbit.transform.plan import STREAM_BITS, Plan
+from keras_lowbit.transform.plan import BEFORE_GRID, STREAM_BITS, Plan
 
 # Quantizers of activations that know of a ReLU6 in front.
 _TAKE_A_LIMIT = ("lsq", "channel_balanced")
@@ -256,9 +256,9 @@ class _Builder:
 
     def _image_quantizer(self, ref):
         """The grid on which 256 pixel values stay 256 codes, where the range is known."""
-        call = self.plan.walk_back(ref, TRANSPARENT)
+        call = self.plan.walk_back(ref, BEFORE_GRID)
         if call is not None:
-            if self.plan.walk_back(call.inputs[0], TRANSPARENT) is not None:
+            if self.plan.walk_back(call.inputs[0], BEFORE_GRID) is not None:
                 raise ValueError(f"{call.name}: only one Rescaling can stand at the input")
             scale, offset = call.operation.scale, call.operation.offset
             if np.ndim(scale) or np.ndim(offset):

@@ -50,7 +50,7 @@ def reestimate_batchnorm(model, data, *, steps=None, batch_size=32) -> keras.Mod
 
     def execute(call, args, kwargs):
         if id(call.operation) not in norms or kwargs.get("training") is False:
-            return call.operation(*args, **kwargs)
+            return walk.infer(call, args, kwargs)
         outputs = call.operation(*args, **{**kwargs, "training": True})
         sums[id(call.operation)].add(call.operation)
         return outputs

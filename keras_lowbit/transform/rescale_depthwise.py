@@ -27,7 +27,9 @@ FACTORS = (1e-2, 1e2)
 _ROUNDS = 100
 _SETTLED = 1e-3
 _PRODUCTS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
-_LINEAR = frozenset({"dropout", "pad", "average_pool", "global_average_pool", "max_pool"})
+_LINEAR = frozenset(
+    {"dropout", "pad", "average_pool", "global_average_pool", "max_pool", "global_max_pool"}
+)
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ def _largest(program, firsts, batches):
 
     def execute(call, args, kwargs):
         if id(call) not in names:
-            return call.operation(*args, **kwargs)
+            return walk.infer(call, args, kwargs)
         with _linear(call.operation) as activation:
             outputs = call.operation(*args, **kwargs)
         seen = ops.convert_to_numpy(outputs)

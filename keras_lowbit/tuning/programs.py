@@ -96,7 +96,7 @@ def execute(call, args, kwargs):
     """One call in inference mode; a softmax fused into a product is left out."""
     operation = call.operation
     if kind_of(call) != "product" or activation_name(operation) != "softmax":
-        return operation(*args, **kwargs)
+        return walk.infer(call, args, kwargs)
     fused, operation.activation = operation.activation, keras.activations.linear
     try:
         return operation(*args, **kwargs)
