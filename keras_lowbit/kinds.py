@@ -60,6 +60,7 @@ _OPERATIONS = {
     "Relu": "activation",
     "Relu6": "activation",
     "Softmax": "activation",
+    "Sigmoid": "activation",
     "MaxPool": "max_pool",
     "AveragePool": "average_pool",
     "Mean": "global_average_pool",

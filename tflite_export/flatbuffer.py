@@ -117,8 +117,10 @@ class _Writer:
             opcodeIndex=self.codes.setdefault((code, version), len(self.codes)),
             inputs=[self.index[name] for name in op.inputs] + constants,
             outputs=[self.index[op.output]],
-            # FooOptionsT travels in a union whose tag is FooOptions.
-            builtinOptionsType=getattr(schema.BuiltinOptions, type(options).__name__[:-1]),
+            # FooOptionsT travels in a union whose tag is FooOptions; some operators have none.
+            builtinOptionsType=getattr(
+                schema.BuiltinOptions, "NONE" if options is None else type(options).__name__[:-1]
+            ),
             builtinOptions=options,
         )
         self.operators.append(operator)
@@ -298,6 +300,10 @@ def _softmax(writer, op):
     return _Code.SOFTMAX, 2, [], _new(schema.SoftmaxOptionsT, beta=1.0)
 
 
+def _logistic(writer, op):
+    return _Code.LOGISTIC, 2, [], None
+
+
 def _quantize(writer, op):
     from_float = writer.graph.tensors[op.inputs[0]].dtype == "float32"
     return _Code.QUANTIZE, 1 if from_float else 2, [], schema.QuantizeOptionsT()
@@ -321,6 +327,7 @@ _OPERATIONS = {
     ir.Pad: _pad,
     ir.Reshape: _reshape,
     ir.Softmax: _softmax,
+    ir.Logistic: _logistic,
     ir.Quantize: _quantize,
     ir.Dequantize: _dequantize,
 }

@@ -52,9 +52,9 @@ def _own_reason(call, quantized, readers):
         return "it adds a constant, which has no integer form"
     if kind == "activation":
         name = activation_name(layer)
-        if name == "softmax":
+        if name in ("softmax", "sigmoid"):
             inside = any(readers.get(ref.index) for ref in walk.refs(call.outputs))
-            return "a softmax has an integer form at the end only" if inside else None
+            return f"a {name} has an integer form at the end only" if inside else None
         if name not in _EXACT_ACTIVATIONS:
             return f"activation {name!r} has no integer form"
     return None

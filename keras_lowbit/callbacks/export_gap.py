@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_lowbit.callbacks.sites import checked_count
+from keras_lowbit.data.answers import top_class
 from keras_lowbit.transform.freeze import freeze
 
 
@@ -28,7 +29,8 @@ class ExportGapMonitor(keras.callbacks.Callback):
         verbose: 0 prints nothing.
 
     Raises:
-        ValueError: data of another form, lengths that differ, counts below 1, several outputs.
+        ValueError: data of another form, lengths that differ, counts below 1, several outputs or
+            one of a single value.
         keras_lowbit.NotExportable: when training starts, naming the layer.
     """
 
@@ -56,6 +58,11 @@ class ExportGapMonitor(keras.callbacks.Callback):
                 f"ExportGapMonitor: {model.name} must have one input and one output. "
                 f"Got {len(model.inputs)} and {len(model.outputs)}"
             )
+        if model.output_shape[-1] == 1:
+            raise ValueError(
+                f"ExportGapMonitor: {model.name} has one output value, which names no class. It "
+                "compares models with two classes or more"
+            )
         freeze(model)
 
     def on_epoch_end(self, epoch, logs=None):
@@ -78,6 +85,6 @@ class ExportGapMonitor(keras.callbacks.Callback):
         # Compiled or not as the user chose: Keras' own choice, XLA, can take minutes on a CPU.
         frozen.jit_compile = model.jit_compile
         codes_in = self.x.astype(keras.backend.standardize_dtype(frozen.inputs[0].dtype))
-        exported = frozen.predict(codes_in, batch_size=self.batch_size, verbose=0).argmax(-1)
-        trained = model.predict(self.x, batch_size=self.batch_size, verbose=0).argmax(-1)
+        exported = top_class(frozen.predict(codes_in, batch_size=self.batch_size, verbose=0))
+        trained = top_class(model.predict(self.x, batch_size=self.batch_size, verbose=0))
         return float(np.mean(exported == self.y)), float(np.mean(exported != trained))

@@ -8,6 +8,7 @@ import math
 import keras
 import numpy as np
 
+from keras_lowbit.data.answers import top_class
 from keras_lowbit.progress import track
 from tflite_export import runtime
 
@@ -21,7 +22,11 @@ def keras_accuracy(model: keras.Model, x, y, batch_size: int = 250) -> float:
 
 
 def keras_answers(model: keras.Model, x, batch_size: int = 250, what: str = "") -> np.ndarray:
-    """Class with the largest output, for each image; images may be read on demand."""
+    """Class with the largest output, for each image; images may be read on demand.
+
+    Raises:
+        ValueError: one output only.
+    """
     # Batches of one size, the last one filled up: TensorFlow traces each size anew.
     batches = max(1, math.ceil(len(x) / min(batch_size, _fitting(x))))
     batch_size = max(1, math.ceil(len(x) / batches))
@@ -31,7 +36,7 @@ def keras_answers(model: keras.Model, x, batch_size: int = 250, what: str = "") 
         for part in _parts(x, 2 * batch_size, what or f"run {model.name}"):
             part, count = _filled(as_input(part, dtype), batch_size), len(part)
             outputs = model.predict(part, batch_size=batch_size, verbose=0)
-            answers.append(np.asarray(outputs)[:count].argmax(-1))
+            answers.append(top_class(outputs[:count]))
     return np.concatenate(answers)
 
 
@@ -52,8 +57,8 @@ def file_answers(content: bytes, x, what: str = "run the file") -> np.ndarray:
     """Class with the largest output of a `.tflite`, for each image, by running the file.
 
     Raises:
-        ValueError: several inputs or outputs, images of another size, or reals for a file that
-            takes pixels.
+        ValueError: several inputs or outputs, one output value only, images of another size, or
+            reals for a file that takes pixels.
     """
     session = runtime.Session(content)
     if len(session.inputs) != 1 or len(session.outputs) != 1:
@@ -70,7 +75,7 @@ def file_answers(content: bytes, x, what: str = "run the file") -> np.ndarray:
     for part in _parts(x, max(1, min(500, _fitting(x)) // batch) * batch, what):
         part, count = _filled(as_input(part, dtype), batch), len(part)
         outputs = session.run({name: part})
-        answers.append(next(iter(outputs.values()))[:count].argmax(-1))
+        answers.append(top_class(next(iter(outputs.values()))[:count]))
     return np.concatenate(answers)
 
 

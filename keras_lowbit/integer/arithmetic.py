@@ -20,6 +20,7 @@ from keras_lowbit.numerics.fixed_point import (
     CODE_RANGES,
     activation_bounds,
     add_parameters,
+    logistic_codes,
     product_multiplier,
     softmax_powers,
 )
@@ -247,6 +248,11 @@ def _softmax(op, operands, grids, out):
     return ops.clip(steps + float(out.zero_point), float(lo), float(hi))
 
 
+def _logistic(op, operands, grids, out):
+    table = logistic_codes(grids[0].scale, grids[0].zero_point).astype(np.float32)
+    return ops.take(table, ops.cast(operands[0], "int32") + 128, axis=0)
+
+
 def _quantize(op, operands, grids, out):
     if grids[0].dtype == "float32":
         # The runtime multiplies by the reciprocal; a division rounds near-ties differently.
@@ -286,6 +292,7 @@ _FUNCTIONS: Mapping[type, Callable] = {
     ir.Pad: _pad,
     ir.Reshape: _reshape,
     ir.Softmax: _softmax,
+    ir.Logistic: _logistic,
     ir.Quantize: _quantize,
     ir.Dequantize: _dequantize,
 }

@@ -156,7 +156,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Probabilities:
-    """The output of a softmax on a tensor of the graph."""
+    """The output of a softmax or a sigmoid on a tensor of the graph."""
 
     tensor: str
     shape: tuple[int, ...]

@@ -203,6 +203,13 @@ class Softmax(Op):
 
 
 @dataclass(frozen=True, eq=False)
+class Logistic(Op):
+    """`rint(256 sigmoid) - 128`; the output grid is scale 1/256, zero point -128."""
+
+    kind: ClassVar[str] = "logistic"
+
+
+@dataclass(frozen=True, eq=False)
 class Quantize(Op):
     """The border of the graph: float32 or uint8 to int8, or int8 to uint8."""
 

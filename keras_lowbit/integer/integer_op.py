@@ -26,6 +26,7 @@ _KINDS = {
         ir.Pad,
         ir.Reshape,
         ir.Softmax,
+        ir.Logistic,
         ir.Quantize,
         ir.Dequantize,
     )

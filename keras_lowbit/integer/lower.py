@@ -283,36 +283,35 @@ def _check_padding(layer, value, kernel_shape):
         )
 
 
+_PROBABILITIES = {"softmax": ir.Softmax, "sigmoid": ir.Logistic}
+
+
 def _activated(value, name, call):
     if name == "linear":
         return value
     if name in ("relu", "relu6"):
         return with_relu(value, 6.0 if name == "relu6" else math.inf, call.name)
-    if name == "softmax":
-        return _softmax(value, call)
+    if name in _PROBABILITIES:
+        raise NotExportable(
+            f"{call.name}: a {name} inside a layer has no grid before it; give the layer "
+            "activation=None, then Quantize, Dequantize and the activation, as quantize_model does"
+        )
     raise NotExportable(
         f"{call.name}: activation {name!r} has no exact integer form. "
-        "Use relu, relu6, linear, or softmax at the end"
+        "Use relu, relu6, linear, or softmax or sigmoid at the end"
     )
 
 
 def _activation(lowering, call):
     name = activation_name(call.operation)
-    if name == "softmax":
+    if name in _PROBABILITIES:
         value = lowering.grid_tensor(call)
         wanted = lowering.emitter.name(call.name)
         tensor = ir.Tensor(wanted, value.shape, "int8", 1 / 256, -128)
         lowering.emitter.tensors[wanted] = tensor
-        lowering.emitter.ops.append(ir.Softmax((value.tensor,), wanted, call.name))
+        lowering.emitter.ops.append(_PROBABILITIES[name]((value.tensor,), wanted, call.name))
         return Probabilities(wanted, value.shape)
     return _activated(lowering.read(call), name, call)
-
-
-def _softmax(value, call):
-    raise NotExportable(
-        f"{call.name}: a softmax inside a layer has no grid before it; give the layer "
-        "activation=None, then Quantize, Dequantize and Softmax, as quantize_model does"
-    )
 
 
 def _batch_norm(lowering, call):

@@ -17,6 +17,7 @@ from keras_lowbit.numerics.fixed_point import (
     CODE_RANGES,
     activation_bounds,
     add_parameters,
+    logistic_codes,
     product_multiplier,
     softmax_powers,
 )
@@ -205,6 +206,11 @@ def softmax(op, operands, grids, out):
     return np.clip(codes, *CODE_RANGES[out.dtype])
 
 
+def logistic(op, operands, grids, out):
+    """`256 sigmoid - 128` from a table, as the runtime has one."""
+    return logistic_codes(grids[0].scale, grids[0].zero_point)[operands[0].astype(np.int32) + 128]
+
+
 def quantize(op, operands, grids, out):
     """Reals to codes, or codes between int8 and uint8 on one grid."""
     x, grid = operands[0], grids[0]
@@ -242,6 +248,7 @@ _FUNCTIONS = {
     ir.Pad: pad,
     ir.Reshape: reshape,
     ir.Softmax: softmax,
+    ir.Logistic: logistic,
     ir.Quantize: quantize,
     ir.Dequantize: dequantize,
 }

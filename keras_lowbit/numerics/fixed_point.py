@@ -91,6 +91,21 @@ def activation_bounds(
     return int(lo), int(hi)
 
 
+def logistic_codes(scale: float, zero_point: int) -> np.ndarray:
+    """`rint(256 sigmoid(x)) - 128` of every int8 code, with `x = scale * (code - zero_point)`.
+
+    Args:
+        scale: reals per code of the input.
+        zero_point: the input's code of 0.
+
+    Returns:
+        int32 array of shape `(256,)`, -128..127, for the codes -128..127 in order.
+    """
+    x = np.float32(scale) * (np.arange(-128, 128) - zero_point).astype(np.float32)
+    share = 1.0 / (1.0 + np.exp(-np.maximum(x, np.float32(-80.0)).astype(np.float64)))
+    return np.minimum(np.rint(256.0 * share) - 128, 127).astype(np.int32)
+
+
 def softmax_powers(scale: float) -> np.ndarray:
     """`exp(-scale * d)` for a code that is `d` below the largest, `d` = 0..255.
 

@@ -54,9 +54,16 @@ class Plan:
             return "stream"
         if kind == "batch_norm" and not self._follows_product(ref):
             return "stream"
-        if kind == "activation" and "softmax" in activation_name(call.operation):
+        if self.makes_probabilities(call):
             return STREAM_BITS
         return "pass"
+
+    def makes_probabilities(self, call):
+        """Whether a call is a softmax, or a sigmoid that ends the model: it reads 8-bit logits."""
+        if kind_of(call) != "activation":
+            return False
+        name = activation_name(call.operation)
+        return "softmax" in name or (name == "sigmoid" and call.output in self.output_refs)
 
     def walk_back(self, ref, kinds):
         """The first producer behind `ref` whose kind is not in `kinds`; `None` at an input."""

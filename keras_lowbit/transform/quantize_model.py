@@ -124,7 +124,7 @@ class _Builder:
             source = self.entries[call.inputs[0].index]
             codes = self._clone(call, {call.inputs[0].index: source.pair[0]})
             entry = _Entry(pair=(codes, source.pair[1]), bits=source.bits)
-        elif kind == "activation" and "softmax" in activation_name(call.operation):
+        elif self.plan.makes_probabilities(call):
             read = {r.index: self._logits(r) for r in call.inputs}
             entry = _Entry(values=self._clone(call, read))
         else:
@@ -208,7 +208,7 @@ class _Builder:
     def _output(self, ref):
         producer = self.plan.producers.get(ref.index)
         name = None if producer is None else activation_name(producer.operation)
-        if name is not None and "softmax" in name:
+        if name is not None and ("softmax" in name or name == "sigmoid"):
             return self._values(ref)
         if not any(kind_of(c) == "product" for c in self.plan.ancestors(ref)):
             return self._values(ref)

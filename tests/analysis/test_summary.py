@@ -182,10 +182,12 @@ def test_unsupported_activations_say_so():
     }
 
 
-def test_a_softmax_is_exact_at_the_end_only():
-    assert reasons(lambda x: K.Softmax(name="p")(conv("a")(x))) == {}
-    found = reasons(lambda x: conv("b")(K.Softmax(name="p")(conv("a")(x))))
-    assert found == {"p": "a softmax has an integer form at the end only"}
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_probabilities_are_exact_at_the_end_only(name):
+    last = K.Activation(name, name="p")
+    assert reasons(lambda x: last(conv("a")(x))) == {}
+    found = reasons(lambda x: conv("b")(last(conv("a")(x))))
+    assert found == {"p": f"a {name} has an integer form at the end only"}
 
 
 def test_an_added_constant_says_so():

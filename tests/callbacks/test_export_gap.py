@@ -46,6 +46,15 @@ def test_the_logs_get_the_figures_every_n_epochs_and_at_the_end(capsys):
     assert capsys.readouterr().out.count("frozen accuracy") == 2
 
 
+def test_one_output_value_names_no_class():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(inputs), name="yes_or_no")
+    monitor = ExportGapMonitor((np.zeros((2, 4)), np.zeros(2)))
+    monitor.set_model(model)
+    with pytest.raises(ValueError, match="yes_or_no has one output value, which names no class"):
+        monitor.on_train_begin()
+
+
 def test_a_model_that_cannot_be_frozen_is_refused_before_the_first_step():
     model = quantize_model(tiny.float_model(), "w4a4")  # never calibrated
     tiny.compile_(model)

@@ -39,6 +39,12 @@ def test_answers_of_a_keras_model_are_those_of_one_predict(backend):
     assert measure.keras_accuracy(model, x, expected) == 1.0
 
 
+def test_one_output_names_no_class():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match=r"two outputs or more.* shape \(3, 1\): compare them"):
+        measure.keras_answers(model, np.ones((3, 2)))
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 8, 22, 250])
 def test_a_keras_model_sees_batches_of_one_size_only(backend, batch_size):
     sizes = []

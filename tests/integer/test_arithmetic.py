@@ -255,6 +255,16 @@ def test_softmax_equals_the_reference(classes, scale):
     assert_all_equal(*outputs(softmax_graph(classes, scale), x))
 
 
+@pytest.mark.parametrize(("scale", "zero_point"), [(0.05, 0), (1e-6, -128), (9.0, 3)])
+def test_the_logistic_of_every_code_equals_the_reference(scale, zero_point):
+    graph = one_op(
+        ir.Logistic(("x",), "y"),
+        ir.Tensor("x", (1, 256), scale=scale, zero_point=zero_point),
+        ir.Tensor("y", (1, 256), scale=1 / 256, zero_point=-128),
+    )
+    assert_all_equal(*outputs(graph, np.arange(-128, 128, dtype=np.int8)[None]))
+
+
 def test_softmax_equals_the_reference_where_another_order_of_sums_does_not():
     x = np.random.default_rng(8).integers(-128, 128, (40000, 24)).astype(np.int8)
     wanted, eager, compiled = outputs(softmax_graph(24, 0.015), x)

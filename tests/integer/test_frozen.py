@@ -93,7 +93,8 @@ def residual_net(seed):
     net.product(ir.FullyConnected, "logits", "flat", (10,), (16, 10), zero_point=3, scale=0.02)
     net.add(ir.Softmax, "p", "logits", (10,), 1 / 256, -128)
     net.add(ir.Dequantize, "reals", "p", (10,), None, dtype="float32")
-    return net.graph("reals", "low")
+    net.add(ir.Logistic, "shares", "logits", (10,), 1 / 256, -128)
+    return net.graph("reals", "low", "shares")
 
 
 def uneven_net(seed):

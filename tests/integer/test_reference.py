@@ -229,6 +229,13 @@ def test_softmax_counts_in_256ths():
     assert y.tolist() == [[127, -128]]
 
 
+def test_the_logistic_counts_in_256ths():
+    # scale log(3): x = 0, log 3, -log 3 -> 1/2, 3/4, 1/4 -> 128, 192, 64, less 128
+    grid, out_grid = (float(np.log(3)), 7, "int8"), (1 / 256, -128, "int8")
+    y = compute(ir.Logistic, [[7, 8, 6, 127, -128]], (5,), grid=grid, out_grid=out_grid)
+    assert y.tolist() == [[0, 64, -64, 127, -128]]
+
+
 def test_floats_are_quantized_half_to_even():
     x = np.array([[0.25, 0.75, 1.25, -0.25, 1e9, -1e9]], np.float32)
     y = compute(ir.Quantize, x, (6,), grid=(None, 0, "float32"), out_grid=(0.5, 10, "int8"))

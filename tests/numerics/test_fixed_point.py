@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from keras_lowbit.numerics.fixed_point import (
     activation_bounds,
     add_parameters,
+    logistic_codes,
     product_multiplier,
     softmax_powers,
 )
@@ -100,6 +101,16 @@ def test_unknown_activations_and_dtypes_are_refused():
         activation_bounds("tanh", 1.0, 0)
     with pytest.raises(ValueError, match="'int32'"):
         activation_bounds("relu", 1.0, 0, "int32")
+
+
+def test_the_logistic_counts_in_256ths():
+    # Reals 0, log 3 and -log 3: 1/2, 3/4, 1/4 of 256, less 128; code -128 stands for 0.
+    codes = logistic_codes(np.log(3), 5)
+    assert codes.shape == (256,)
+    assert codes[[5 + 128, 6 + 128, 4 + 128]].tolist() == [0, 64, -64]
+    # A share of nearly 1 would be code 128, which int8 does not have.
+    assert codes[[0, 255]].tolist() == [-128, 127]
+    assert (np.diff(codes) >= 0).all()
 
 
 def test_softmax_powers_fall_from_one():

@@ -56,6 +56,13 @@ def test_operations_get_the_lowest_version_that_expresses_them():
     }
 
 
+def test_an_operator_without_options_says_so():
+    b = Builder()
+    y = b.op(ir.Logistic, b.input(1, 3), shape=(1, 3), scale=1 / 256, zero_point=-128)
+    content = flatbuffer.write(b.graph(y))
+    assert versions(content) == {"LOGISTIC": 2}
+
+
 @pytest.mark.parametrize(
     ("kind", "kernel", "name"),
     [

@@ -232,6 +232,16 @@ def test_softmax_matches_code_for_code(scale, classes):
     assert_exact(b.graph(y), b.codes((500, classes)), kernels=runtime.BUILT_IN, codes=2)
 
 
+@pytest.mark.parametrize("scale", np.geomspace(1e-3, 1.0, 24).tolist())
+@pytest.mark.parametrize("zero_point", [0, -31])
+def test_the_logistic_of_every_code_matches_code_for_code(scale, zero_point):
+    b = Builder()
+    x = b.input(1, 256, scale=scale, zero_point=zero_point)
+    y = b.op(ir.Logistic, x, shape=(1, 256), scale=1 / 256, zero_point=-128)
+    every = np.arange(-128, 128, dtype=np.int8)[None]
+    assert_exact(b.graph(y), every, codes=2)
+
+
 @pytest.mark.parametrize(("scale", "zero_point"), [(0.1, 3), (1 / 127.5, -128), (0.0471, 0)])
 def test_quantized_floats_match_code_for_code(scale, zero_point):
     b = Builder()

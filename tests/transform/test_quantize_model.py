@@ -219,6 +219,52 @@ def test_a_softmax_stays_at_the_end_behind_a_grid():
     integer_graph(quantized)
 
 
+@pytest.mark.parametrize("how", ["fused", "layer", "operation"])
+def test_a_sigmoid_stays_at_the_end_behind_a_grid(how):
+    inputs = keras.Input((4,))
+    x = K.Dense(3, activation="sigmoid" if how == "fused" else None, name="p")(inputs)
+    if how == "layer":
+        x = K.Activation("sigmoid", name="share")(x)
+    elif how == "operation":
+        x = ops.sigmoid(x)
+    data = images(shape=(4,))
+    quantized = assert_close(keras.Model(inputs, x), data=data)
+    assert list(grids(quantized).values()) == [8, 8]
+    graph = integer_graph(quantized)
+    assert [op.kind for op in graph.ops][-2:] == ["logistic", "dequantize"]
+    made = reference.run(graph, {graph.inputs[0]: data})[graph.outputs[0]]
+    # Half a step of 1/256, and what a logit of another code makes of it: at most a quarter of it.
+    logits = graph.tensors[graph.ops[-2].inputs[0]].scale
+    expected = quantized.predict(data, verbose=0)
+    assert np.abs(made - expected).max() <= 0.5 / 256 + 0.25 * logits + 1e-6
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("output_type", ["float32", "int8"])
+def test_the_file_of_a_model_that_says_yes_or_no_is_exact(output_type):
+    tflite_export = pytest.importorskip("tflite_export")
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(4, 3, activation="relu", name="stem")(inputs)
+    x = K.Dense(1, activation="sigmoid", name="yes")(K.GlobalAveragePooling2D()(x))
+    model = keras.Model(inputs, x)
+    assert tflite_export.check(model) == []
+    quantized = calibrate(quantize_model(model, "w4a4"), images())
+    result = tflite_export.convert(quantized, output_type=output_type, verify=images())
+    assert result.mismatches == 0
+    assert "logistic" in str(result)
+
+
+def test_a_sigmoid_inside_a_model_is_no_end():
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(4, 3, name="stem")(inputs)
+    x = K.Activation("sigmoid", name="gate")(x)
+    model = keras.Model(inputs, K.Dense(2, name="head")(K.GlobalAveragePooling2D()(x)))
+    quantized = assert_close(model)
+    assert "stem_quantize" not in grids(quantized)
+    with pytest.raises(NotExportable, match="gate: its input has no grid"):
+        integer_graph(quantized)
+
+
 def test_none_leaves_a_layer_float_and_readers_see_reals():
     model = quantize_model(small_model(), {"*": "w4a4", "mid": None})
     assert type(model.get_layer("mid")) is K.Conv2D
