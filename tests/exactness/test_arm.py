@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 
 from keras_lowbit import zoo
+from keras_lowbit.integer import graph as ir
+from keras_lowbit.integer import reference
 from tests.exactness import arm
 from tests.exactness.coverage import Coverage
 from tests.exactness.hostile import exported, hostile, quantized
 from tests.exactness.random_models import random_model, random_options
+from tests.tflite_export.graphs import Builder
 from tflite_export import flatbuffer, runtime
 
 pytestmark = [
@@ -67,3 +70,17 @@ def test_random_models_give_the_codes_of_x86(tmp_path, capsys):
     with capsys.disabled():
         print(f"\n12 random models: {sum(wrong.values())} wrong of {compared:,} codes")
     assert wrong == {}
+
+
+def test_the_logistic_of_every_code_is_that_of_the_reference(tmp_path):
+    """A table of floats: another mathematical library might round one of them otherwise."""
+    every = np.arange(-128, 128, dtype=np.int8)[None]
+    graphs = []
+    for scale in np.geomspace(1e-3, 1.0, 40):
+        b = Builder()
+        x = b.input(1, 256, scale=float(scale), zero_point=-7)
+        y = b.op(ir.Logistic, x, shape=(1, 256), scale=1 / 256, zero_point=-128)
+        graphs.append((b.graph(y), x, y))
+    jobs = [(flatbuffer.write(graph), {x: every}) for graph, x, _ in graphs]
+    for (graph, x, y), there in zip(graphs, arm.run(jobs, tmp_path), strict=True):
+        np.testing.assert_array_equal(there[y], reference.run(graph, {x: every})[y])
