@@ -48,7 +48,7 @@ def small_cnn(input_shape, classes):
 
 
 def fit(model, dataset, epochs, learning_rate, callbacks=(), augment=False, batch_size=64):
-    """SGD with momentum, cosine to zero."""
+    """SGD with momentum, cosine to zero; the batches."""
     if augment:
         batches = datasets.AugmentedBatches(
             dataset.x_train, dataset.y_train, 128, drop_remainder=True
@@ -65,6 +65,7 @@ def fit(model, dataset, epochs, learning_rate, callbacks=(), augment=False, batc
     )
     callbacks = [batches.follow_epochs(), klb.callbacks.ScaleGuard(), *callbacks]
     model.fit(batches, epochs=epochs, callbacks=callbacks, verbose=_verbosity(), shuffle=False)
+    return batches
 
 
 def _verbosity():
@@ -100,8 +101,8 @@ def main(arguments=None) -> int:
     quantized = klb.quantize_model(model, "w4a4")
     klb.calibrate(quantized, np.asarray(dataset.x_train[:256]))
     descent = klb.callbacks.BitDescent(plan, verbose=1)
-    fit(quantized, dataset, epochs["descent"], 0.005, [descent], augment=not small)
-    klb.reestimate_batchnorm(quantized, np.asarray(dataset.x_train[:1024]))
+    batches = fit(quantized, dataset, epochs["descent"], 0.005, [descent], augment=not small)
+    klb.reestimate_batchnorm(quantized, batches, steps=20)
     klb.snap_biases(quantized)
     quantized.save(OUT / "w4a4.keras")
 

@@ -20,7 +20,7 @@ class BatchNormReestimation(keras.callbacks.Callback):
     undoes the freeze.
 
     Args:
-        data: images, as for `reestimate_batchnorm`.
+        data: what trains the model, as for `reestimate_batchnorm`: the same augmented batches.
         steps: batches to use; `None` for all.
         every: after every so many epochs; `None` for never.
         at_end: after the last epoch, also where training stops early.

@@ -21,7 +21,6 @@ from keras_lowbit.cli.methods import (
     Methods,
     SnapLevels,
     callbacks_of,
-    stage_images,
     stages_of,
 )
 from keras_lowbit.distillation import MutualDistiller
@@ -85,12 +84,9 @@ def fit(
         return [ScaleGuard(), HistoryFile(history), batches.follow_epochs()]
 
     if methods.cycles:
-        images = stage_images(train, dataset.x_train)
-        _fit_cycles(
-            learner, batches, train, methods, watching, images, compile_options, backup, options
-        )
+        _fit_cycles(learner, batches, train, methods, watching, compile_options, backup, options)
     else:
-        callbacks = [*watching(), *callbacks_of(methods, train, dataset.x_train)]
+        callbacks = [*watching(), *callbacks_of(methods, train, batches)]
         if train.bit_descent:
             plan = {int(epoch): bits for epoch, bits in train.bit_descent.items()}
             callbacks.append(BitDescent(plan, verbose=int(bool(verbose))))
@@ -102,15 +98,13 @@ def fit(
         learner.compile(optimizer=_optimizer(train, len(batches), learner), **compile_options)
         learner.fit(batches, epochs=train.epochs, callbacks=callbacks, **options)
     if train.reestimate_batches:
-        count = train.reestimate_batches * train.batch_size
-        reestimate_batchnorm(
-            model, np.asarray(dataset.x_train[:count]), batch_size=train.batch_size
-        )
+        # What training saw, shifted and mirrored: other statistics would move every feature. By
+        # the number of epochs, so that a run that resumes behind the last one draws the same.
+        batches.epoch = train.epochs
+        reestimate_batchnorm(model, batches, steps=train.reestimate_batches)
 
 
-def _fit_cycles(
-    learner, batches, train, methods, watching, images, compile_options, backup, options
-):
+def _fit_cycles(learner, batches, train, methods, watching, compile_options, backup, options):
     """Descents and what lies between them, each stage with a schedule of its own."""
     plan, between = stages_of(methods, train)
 
@@ -124,8 +118,6 @@ def _fit_cycles(
         optimizer=optimizer,
         compile_options=compile_options,
         callbacks=watching,
-        batch_norm_data=images,
-        batch_size=train.batch_size,
         directory=backup,
         **options,
     )

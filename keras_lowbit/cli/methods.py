@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import keras
-import numpy as np
 
 from keras_lowbit.callbacks import (
     ChannelBalanceDecay,
@@ -150,13 +149,8 @@ def stages_of(methods: Methods, train) -> tuple[StagePlan, Stage | None]:
     return plan, Stage("float", None, None, methods.return_epochs, train.learning_rate)
 
 
-def stage_images(train, images) -> np.ndarray:
-    """Training images for the batch norms of a stage; a folder is read only that far."""
-    return np.asarray(images[: STAGE_BATCHES * train.batch_size])
-
-
-def callbacks_of(methods: Methods, train, images) -> list[keras.callbacks.Callback]:
-    """Callbacks of one `fit`; `images` are for batch norms where kernels turn ternary."""
+def callbacks_of(methods: Methods, train, batches) -> list[keras.callbacks.Callback]:
+    """Callbacks of one `fit` on `batches`, from which batch norms of ternary kernels start."""
     made: list[keras.callbacks.Callback] = []
     if methods.two_stage:
         made.append(TwoStage(methods.switch_epoch, methods.two_stage))
@@ -165,9 +159,9 @@ def callbacks_of(methods: Methods, train, images) -> list[keras.callbacks.Callba
     if methods.pull:
         phases = TernaryPhases(
             methods.switch_epoch,
-            stage_images(train, images),
+            batches,
+            steps=STAGE_BATCHES,
             strength=methods.pull,
-            batch_size=train.batch_size,
         )
         made.append(phases)
     if methods.balance:

@@ -99,7 +99,8 @@ class Train:
     which two images and their targets are mixed; 0 for none.
     `bit_descent` maps an epoch (a string in TOML) to bits. `distill` mixes in the logits of the
     float model: loss = (1 - distill) * cross-entropy + distill * T^2 * KL(teacher, student).
-    `reestimate_batches`: batches of training images for batch-norm statistics after the last epoch.
+    `reestimate_batches`: batches, augmented as in training, from which batch norms take their
+    statistics after the last epoch.
     `xla` is for TensorFlow (JAX always compiles, PyTorch never): `"auto"` leaves the choice to
     Keras, except for depthwise convolutions, which XLA makes slow on a CPU; `"on"`; `"off"`, with
     which short runs are done sooner.

@@ -25,6 +25,10 @@ def reestimate_batchnorm(model, data, *, steps=None, batch_size=32) -> keras.Mod
     is in inference mode. Batch norms with `trainable=False`, or called with `training=False`, keep
     what they have. A model without batch norms comes back as it is.
 
+    Give it the batches that trained the model, augmented as they were: layers learned to read
+    features that were normalized so, and with the statistics of plain images a 2-bit ResNet-8 lost
+    3.5 points.
+
     Args:
         model: functional or Sequential Keras model.
         data: array `(n, ...)`, list of arrays for several inputs, a `keras.utils.PyDataset`, or an

@@ -90,8 +90,8 @@ def test_each_method_is_its_callback(tmp_path):
     assert one.p0 == 0.25
     (one,) = made("[methods]\npull = 2\nswitch_epoch = 1", "[quantize]\nscheme = 'wta8'\n")
     assert isinstance(one, TernaryPhases)
-    # 50 batches of 2 images
-    assert (one.strength, one.switch_epoch, len(one.data)) == (2.0, 1, 100)
+    assert (one.strength, one.switch_epoch, one.steps) == (2.0, 1, 50)
+    assert one.data is images
     channel = f"{W2A2}activation = 'channel_balanced'\n"
     assert isinstance(made("[methods]\nbalance = true", channel)[0], ChannelBalanceDecay)
 
