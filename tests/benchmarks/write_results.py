@@ -81,6 +81,7 @@ def earlier_rows():
             train["distill"],
             train["temperature"],
             mobile_parts.percent(metrics["accuracy"][scored]),
+            metrics["superseded"],
         )
 
 
@@ -112,6 +113,7 @@ def page() -> str:
     earlier = list(earlier_rows())
     if earlier:
         columns = ("recipe", "epochs", "rate", "distillation", "temperature", "file (95 %)")
+        columns = (*columns, "what was otherwise")
         parts += [
             "Recipes before the ones above, whose test images were looked at too:\n",
             table("", columns, earlier).strip(),
