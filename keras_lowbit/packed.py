@@ -132,7 +132,7 @@ def _collector_at_rest():
     """No garbage collection inside.
 
     All that is made there stays, and a backend's modules are many objects to look through again
-    and again: a fifth of the time to load.
+    and again, up to a fifth of the time to load.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from keras_lowbit.callbacks.sites import half_cosine, sites_of
+from keras_lowbit.callbacks.sites import cooled, sites_of
 from keras_lowbit.quantizers import Levels, Ternary
 
 
@@ -50,8 +50,7 @@ class TemperatureAnnealing(keras.callbacks.Callback):
 
     def at(self, epoch: int, epochs: int) -> float:
         """Temperature of an epoch of a `fit` that ends at `epochs`."""
-        passed = epoch / (epochs - 1) if epochs > 1 else 1.0
-        return self.first + (self.last - self.first) * half_cosine(passed)
+        return cooled(self.first, self.last, epoch, epochs)
 
     def on_epoch_begin(self, epoch, logs=None):
         """Set the temperature of this epoch."""

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.callbacks.penalties import attach_penalties, kernels_of
-from keras_lowbit.callbacks.sites import check_switch, checked_count, half_cosine
+from keras_lowbit.callbacks.sites import check_switch, checked_count, cooled, half_cosine
 from keras_lowbit.callbacks.switches import add_switches
 from keras_lowbit.quantizers import Ternary
 from keras_lowbit.regularizers import CosineTernaryRegularizer
@@ -135,10 +135,8 @@ class TernaryPhases(keras.callbacks.Callback):
 
     def temperature_at(self, epoch: int, epochs: int) -> float:
         """Temperature of an epoch of a `fit` that ends at `epochs`."""
-        first, last = self.temperature
-        steps = epochs - self.switch_epoch - 1
-        passed = max(epoch - self.switch_epoch, 0) / steps if steps > 0 else 1.0
-        return first + (last - first) * half_cosine(passed)
+        epoch = max(epoch - self.switch_epoch, 0)
+        return cooled(*self.temperature, epoch, epochs - self.switch_epoch)
 
     def on_epoch_begin(self, epoch, logs=None):
         """Set lambda, temperature and phase."""
