@@ -89,7 +89,7 @@ class Quantizer(keras.layers.Layer):
 
     def build(self, input_shape):
         """Create `bits` and `calibrated`; `input_shape` is that of the tensor to quantize."""
-        self._features = _count_features(input_shape, self.role, self.axis)
+        self._features = count_features(input_shape, self.role, self.axis)
         self.bits_variable = self.add_state("bits", self._initial_bits)
         # 1.0 once a scale came from data; an exporter refuses quantizers that never saw any.
         self.calibrated = self.add_state("calibrated", 0.0)
@@ -384,10 +384,11 @@ def _constant(value):
     return lambda shape, dtype: ops.convert_to_tensor(np.full(shape, value, dtype), dtype=dtype)
 
 
-def _count_features(shape, role, axis) -> float | None:
-    """N of LSQ's gradient scale: weights that share a scale, or features of one sample.
+def count_features(shape, role, axis=None) -> float | None:
+    """N of a gradient's damping: weights of a kernel, or features of one sample.
 
-    `None` where an axis is dynamic: then the call counts.
+    With `axis`, those that share the indices along it. `None` where another axis is dynamic: then
+    the call counts.
     """
     counted = shape if role == "kernel" else shape[1:]
     if any(n is None for n in counted):

@@ -8,7 +8,7 @@ from keras import ops
 from keras_lowbit.numerics import uniform
 from keras_lowbit.numerics.bend import bend
 from keras_lowbit.numerics.grid import code_bounds
-from keras_lowbit.quantizers.base import PACKAGE, Quantizer, checked_choice
+from keras_lowbit.quantizers.base import PACKAGE, Quantizer, checked_choice, count_features
 
 GRADIENTS = ("ste", "ewgs")
 
@@ -39,9 +39,9 @@ class LSQ(Quantizer):
     Gradient:
         To `x`: 1 for `lo - 0.5 <= x / scale <= hi + 0.5`, else 0 (1 bit: 1 for `|x| <= 1`).
         To the scale: `code - x / scale` inside, `code` outside, times `1 / sqrt(N * hi)`, above 4
-        bits also times `(hi(4) / hi)^2`; N counts the weights that share a scale, or the features
-        of one sample (not the batch). At 1 bit the scale gets none. `max_value` caps the scale's
-        value, not its gradient.
+        bits also times `(hi(4) / hi)^2`; N counts all weights of a kernel, whether or not they
+        share the scale, or the features of one sample (not the batch). At 1 bit the scale gets
+        none. `max_value` caps the scale's value, not its gradient.
         With `"ewgs"` the gradient `g` to `x`, as above, becomes
 
             g * (1 + delta * sign(g) * (x_n - x_q))
@@ -77,6 +77,11 @@ class LSQ(Quantizer):
     def build(self, input_shape):
         """Create the scale, 1.0 until calibrated, and `delta` where a gradient asks for it."""
         super().build(input_shape)
+        if self.role == "kernel":
+            # All weights, as for one scale a tensor: a channel's scale, damped by its own few, is
+            # moved by noise as much as it is large. At a rate of 0.02 4-bit scales of a ResNet-8
+            # went to 0 and to eleven times their start within 130 steps, and stay in 0.7..1.3 so.
+            self._features = count_features(input_shape, self.role)
         self.add_scale(input_shape, trainable=True)
         if self.gradient == "ewgs":
             self.delta = self.add_state("delta", self._delta)

@@ -70,8 +70,6 @@ def value(x, quantizer):
     scale = ops.convert_to_tensor(quantizer.scale)
     stop = ops.stop_gradient
     n = np.prod(x.shape if quantizer.role == "kernel" else x.shape[1:])
-    if quantizer.axis is not None:
-        n /= np.prod([x.shape[a] for a in quantizer.axis])
     # Esser et al., section 2.2: g forward 1, backward 1 / sqrt(N hi); 8 bits: tests of LSQ.
     damping = float(1 / np.sqrt(n * hi)) * (7 / 127 if quantizer.bits == 8 else 1) ** 2
     damped = stop(scale) + (scale - stop(scale)) * damping

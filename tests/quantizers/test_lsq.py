@@ -43,13 +43,13 @@ def test_the_gradient_of_equations_1_to_3():
     ("shape", "options", "n"),
     [
         ((3, 2), {}, 6),  # a kernel: all weights
-        ((3, 2), {"axis": -1}, 3),  # ... that share a scale
-        ((5, 5, 2, 3), {"axis": (-2, -1)}, 25),
+        ((3, 2), {"axis": -1}, 6),  # ... whether or not they share a scale
+        ((5, 5, 2, 3), {"axis": (-2, -1)}, 150),
         ((None, 4, 5, 3), {"role": "activation"}, 60),  # features of one sample
         ((None, None, None, 3), {"role": "activation"}, 60),  # counted in the call
     ],
 )
-def test_the_scale_is_damped_by_the_weights_or_features_that_share_it(shape, options, n):
+def test_the_scale_is_damped_by_all_weights_or_the_features_of_a_sample(shape, options, n):
     quantizer = built(shape, 1.0, **options)
     x = np.zeros([{None: d}.get(s, s) for s, d in zip(shape, (2, 4, 5, 3), strict=False)], "f")
     x.flat[0] = 100.0

@@ -64,7 +64,7 @@ def test_the_gradient_to_alpha_is_that_of_lsq_up_to_the_threshold_over_the_highe
     # The two scales are products of three numbers in another order.
     np.testing.assert_allclose(to_x, want_x, rtol=1e-6)
     # Both sum 15 float32 products in one order; the factors differ by roundings.
-    np.testing.assert_allclose(to_alpha, want * np.sqrt(5 * 7) * 3.5 / 7, rtol=1e-5)
+    np.testing.assert_allclose(to_alpha, want * np.sqrt(15 * 7) * 3.5 / 7, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("alpha", "passes"), [(0.49, 0), (0.5, 1), (1.0, 1), (1.3, 1), (1.31, 0)])
