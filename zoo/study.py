@@ -22,13 +22,19 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "results" / "study"
 # Seeds of the arms of a scheme, which their names begin with.
 SEEDS = {"w2a2": 3, "wta8": 1, "w1a1": 1}
+# What the other arms of a scheme are compared with, so it runs first.
+BASELINES = ("one_shot", "plain")
 
 
 def arms(pattern: str) -> list[Path]:
-    """Recipes of the study, in the order of `SEEDS`."""
-    found = list((ROOT / "configs" / "study").glob("*.toml"))
-    order = list(SEEDS)
-    found.sort(key=lambda path: (order.index(path.stem.split("_")[0]), path.stem))
+    """Recipes of the study, in the order of `SEEDS`, baselines first."""
+    schemes = list(SEEDS)
+
+    def place(path):
+        scheme, _, method = path.stem.partition("_")
+        return schemes.index(scheme), method not in BASELINES, method
+
+    found = sorted((ROOT / "configs" / "study").glob("*.toml"), key=place)
     return [path for path in found if fnmatch.fnmatchcase(path.stem, pattern)]
 
 
