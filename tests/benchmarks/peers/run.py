@@ -23,6 +23,13 @@ from keras_lowbit.progress import table
 ROOT = Path(__file__).resolve().parents[3]
 HOME = ROOT / ".venv-peers"
 SECONDS = 3600  # no installation and no timing takes longer
+# All are timed as `keras-lowbit train` trains: glibc keeps memory between steps (`cli.allocator`).
+MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ def row_of(name: str, given) -> dict:
         try:
             interpreter = python_of(name, peer.requirements, given.python)
             module = f"tests.benchmarks.peers.{peer.script}"
-            call([interpreter, "-m", module, *options], **peer.variables)
+            call([interpreter, "-m", module, *options], **MEMORY, **peer.variables)
         except Failed as failed:
             return {"peer": name, "reason": str(failed)}
         return json.loads(kept.read_text())
