@@ -12,7 +12,7 @@ from keras_lowbit.integer import integer_op as _registered  # noqa: F401
 
 _MODULES = ("analysis", "callbacks", "distillation", "training", "transform", "tuning", "zoo")
 _NAMES = {
-    "NotExportable": "keras_lowbit.integer.emit",
+    "NotExportable": "keras_lowbit.integer.values",
     "Scheme": "keras_lowbit.scheme",
     "calibrate": "keras_lowbit.transform",
     "correct_biases": "keras_lowbit.transform",

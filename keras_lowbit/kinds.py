@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import keras
+import numpy as np
+from keras import ops
 
 from keras_lowbit import layers
-from keras_lowbit.walk import Call
+from keras_lowbit.walk import Call, Ref
 
 K = keras.layers
 
@@ -21,6 +25,7 @@ _LAYERS = {
     layers.Quantize: "quantize",
     layers.Dequantize: "dequantize",
     K.Add: "add",
+    K.Multiply: "multiply",
     K.Concatenate: "concatenate",
     K.ReLU: "activation",
     K.Activation: "activation",
@@ -30,6 +35,7 @@ _LAYERS = {
     K.AveragePooling2D: "average_pool",
     K.GlobalAveragePooling2D: "global_average_pool",
     K.ZeroPadding2D: "pad",
+    K.UpSampling2D: "upsample",
     K.BatchNormalization: "batch_norm",
     layers.BatchNormalization: "batch_norm",
     K.Flatten: "reshape",
@@ -56,11 +62,15 @@ _LAYERS |= {getattr(K, name): "augmentation" for name in _AUGMENTATIONS if hasat
 # `keras.ops` calls: their classes are private to Keras, their names are the functions'.
 _OPERATIONS = {
     "Add": "add",
+    "Multiply": "multiply",
     "Concatenate": "concatenate",
     "Relu": "activation",
     "Relu6": "activation",
     "Softmax": "activation",
     "Sigmoid": "activation",
+    "HardSigmoid": "activation",
+    "Silu": "activation",
+    "HardSilu": "activation",
     "MaxPool": "max_pool",
     "AveragePool": "average_pool",
     "Mean": "global_average_pool",
@@ -70,9 +80,26 @@ _OPERATIONS = {
     "Reshape": "reshape",
 }
 
+# `keras.ops` calls that with one tensor and constants are a Rescaling: (gain, shift) of the tensor
+# and the constant, for the tensor before the operator and behind it.
+_ARITHMETIC = {
+    "Add": (lambda c: (1.0, c), lambda c: (1.0, c)),
+    "Subtract": (lambda c: (1.0, -c), lambda c: (-1.0, c)),
+    "Multiply": (lambda c: (c, 0.0), lambda c: (c, 0.0)),
+    "TrueDivide": (lambda c: (1.0 / c, 0.0), None),
+    "Divide": (lambda c: (1.0 / c, 0.0), None),
+}
+
+# Activations whose range is known, and so the 8-bit grid behind them: reals per code, codes 0..255.
+FIXED_SCALES = {"softmax": 1 / 256, "sigmoid": 1 / 256, "hard_sigmoid": 1 / 255}
+# Activations that multiply their input by another one of it.
+GATES = {"silu": "sigmoid", "hard_silu": "hard_sigmoid"}
+# Activations with an integer form that clips the codes of what stands before them.
+CLIPS = ("linear", "relu", "relu6", "relu_limited", "hard_sigmoid")
+
 # Calls that move codes about and leave their grid alone.
 TRANSPARENT = frozenset(
-    {"max_pool", "global_max_pool", "pad", "reshape", "dropout", "strided_slice"}
+    {"max_pool", "global_max_pool", "pad", "upsample", "reshape", "dropout", "strided_slice"}
 )
 
 
@@ -81,26 +108,76 @@ def kind_of(call: Call) -> str | None:
     operation = call.operation
     if isinstance(operation, K.Layer):
         return _LAYERS.get(type(operation))
-    return _OPERATIONS.get(type(operation).__name__)
+    name = type(operation).__name__
+    if name in _ARITHMETIC and len(call.inputs) == 1:
+        return None if scaling_of(call) is None else "rescaling"
+    return _OPERATIONS.get(name)
+
+
+def scaling_of(call: Call) -> tuple[np.ndarray, np.ndarray] | None:
+    """`(gain, shift)` of a call of the kind `"rescaling"`: `gain * x + shift`.
+
+    Numbers, or one a channel: float64 arrays of shape `()` or `(channels,)`. `None` where the call
+    computes something else, such as with a constant for each pixel.
+    """
+    operation = call.operation
+    if isinstance(operation, K.Rescaling):
+        found = operation.scale, operation.offset
+    else:
+        operands = (*call.args, *dict(call.kwargs).values())[:2]
+        first = isinstance(operands[0], Ref)
+        constant = _constant(operands[1] if first else operands[0])
+        form = _ARITHMETIC[type(operation).__name__][0 if first else 1]
+        if constant is None or form is None:
+            return None
+        with np.errstate(divide="ignore"):
+            found = form(constant)
+    channels = call.inputs[0].shape[-1]
+    arrays = [np.asarray(x, np.float64) for x in found]
+    if any(
+        x.size not in (1, channels) or x.shape[-1:] not in ((), (1,), (x.size,)) for x in arrays
+    ):
+        return None
+    return tuple(x.reshape(() if x.size == 1 else (channels,)) for x in arrays)
+
+
+def _constant(value):
+    """A number or an array as float64; `None` for anything that may change."""
+    if isinstance(value, (keras.Variable, Ref)):
+        return None
+    if ops.is_tensor(value):
+        value = ops.convert_to_numpy(value)
+    try:
+        return np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        return None
 
 
 def activation_name(operation) -> str:
     """`"linear"`, `"relu"`, `"relu6"`, `"softmax"` or the name of another activation.
 
-    A ReLU with a slope, a threshold or a limit other than 6 is `"relu_variant"`.
+    A ReLU with a limit other than 6 is `"relu_limited"`, one with a slope or a threshold
+    `"relu_variant"`.
     """
     kind = type(operation).__name__
     if isinstance(operation, K.ReLU):
         if float(operation.negative_slope or 0) or float(operation.threshold or 0):
             return "relu_variant"
-        limits = {None: "relu", 6.0: "relu6"}
         limit = operation.max_value
-        return limits.get(None if limit is None else float(limit), "relu_variant")
+        return {None: "relu", 6.0: "relu6"}.get(limit, "relu_limited" if limit else "relu_variant")
     if isinstance(operation, K.Softmax):
         return "softmax" if operation.axis in (-1, (-1,)) else "softmax_variant"
     if not isinstance(operation, K.Layer):
-        return {"Relu": "relu", "Relu6": "relu6", "Softmax": "softmax"}.get(kind, kind.lower())
+        return {"HardSigmoid": "hard_sigmoid", "HardSilu": "hard_silu"}.get(kind, kind.lower())
     function = getattr(operation, "activation", None)
     if function is None:
         return "linear"
     return getattr(function, "__name__", type(function).__name__)
+
+
+def limit_of(operation) -> float | None:
+    """The largest value that an activation lets pass, `inf` for none; `None`: it is no clip."""
+    name = activation_name(operation)
+    if name == "relu_limited":
+        return float(operation.max_value)
+    return {"relu": math.inf, "relu6": 6.0, "hard_sigmoid": 1.0}.get(name)

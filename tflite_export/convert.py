@@ -15,9 +15,9 @@ from keras_lowbit import walk
 from keras_lowbit.integer import frozen as frozen_models
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.build import WEIGHTS, check_choice, integer_graph
-from keras_lowbit.integer.emit import NotExportable
 from keras_lowbit.integer.integer_op import IntegerOp
 from keras_lowbit.integer.lower import Lowering
+from keras_lowbit.integer.values import NotExportable
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.progress import table
 from keras_lowbit.transform import quantize_model

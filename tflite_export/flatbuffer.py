@@ -265,6 +265,11 @@ def _add(writer, op):
     return _Code.ADD, 2, [], options
 
 
+def _multiply(writer, op):
+    options = _new(schema.MulOptionsT, fusedActivationFunction=_activation(op))
+    return _Code.MUL, 2, [], options
+
+
 def _requantize(writer, op):
     """ADD of a scalar zero: one delegated operation that rescales and clips at both ends."""
     scale = writer.graph.tensors[op.inputs[0]].scale
@@ -288,6 +293,12 @@ def _concatenate(writer, op):
 def _pad(writer, op):
     paddings = writer.constant(f"{op.output}/paddings", np.asarray(op.paddings), "int32")
     return _Code.PAD, 2, [paddings], schema.PadOptionsT()
+
+
+def _resize_nearest(writer, op):
+    shape = writer.graph.tensors[op.output].shape[1:3]
+    size = writer.constant(f"{op.output}/size", np.asarray(shape), "int32")
+    return _Code.RESIZE_NEAREST_NEIGHBOR, 2, [size], schema.ResizeNearestNeighborOptionsT()
 
 
 def _reshape(writer, op):
@@ -320,11 +331,13 @@ _OPERATIONS = {
     ir.DepthwiseConv2D: _depthwise_conv_2d,
     ir.FullyConnected: _fully_connected,
     ir.Add: _add,
+    ir.Multiply: _multiply,
     ir.Requantize: _requantize,
     ir.MaxPool2D: lambda writer, op: _pool(_Code.MAX_POOL_2D, op),
     ir.AveragePool2D: lambda writer, op: _pool(_Code.AVERAGE_POOL_2D, op),
     ir.Concatenate: _concatenate,
     ir.Pad: _pad,
+    ir.ResizeNearest: _resize_nearest,
     ir.Reshape: _reshape,
     ir.Softmax: _softmax,
     ir.Logistic: _logistic,

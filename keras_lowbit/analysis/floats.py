@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from keras_lowbit import layers, walk
-from keras_lowbit.kinds import activation_name, kind_of
+from keras_lowbit.kinds import CLIPS, activation_name, kind_of
 
-_EXACT_ACTIVATIONS = ("linear", "relu", "relu6")
 _QUANTIZED = (
     layers.QuantizedConv2D,
     layers.QuantizedDepthwiseConv2D,
@@ -21,11 +20,10 @@ def why_float(program: walk.Program) -> dict[str, str]:
     A call that reads what a float call made is float too, until a `Quantize` stands between.
     """
     quantized = any(_is_quantized(call) for call in program.calls)
-    readers = program.readers()
     culprits: dict[int, str] = {}
     found: dict[str, str] = {}
     for call in program.calls:
-        why = _own_reason(call, quantized, readers)
+        why = _own_reason(call, quantized)
         culprit = call.name if why else None
         if why is None and quantized and kind_of(call) != "quantize":
             culprit = next((culprits[r.index] for r in call.inputs if r.index in culprits), None)
@@ -41,21 +39,16 @@ def _is_quantized(call):
     return kind_of(call) == "quantize" or isinstance(call.operation, _QUANTIZED)
 
 
-def _own_reason(call, quantized, readers):
+def _own_reason(call, quantized):
     """Why a call is float whatever it reads, or `None`."""
     layer, kind = call.operation, kind_of(call)
     if kind is None:
         return f"{type(layer).__name__} has no quantized form"
     if kind == "product":
         return _product_reason(call, quantized)
-    if kind == "add" and len(call.inputs) == 1:
-        return "it adds a constant, which has no integer form"
     if kind == "activation":
         name = activation_name(layer)
-        if name in ("softmax", "sigmoid"):
-            inside = any(readers.get(ref.index) for ref in walk.refs(call.outputs))
-            return f"a {name} has an integer form at the end only" if inside else None
-        if name not in _EXACT_ACTIVATIONS:
+        if name not in (*CLIPS, "softmax", "sigmoid"):
             return f"activation {name!r} has no integer form"
     return None
 
@@ -70,4 +63,4 @@ def _product_reason(call, quantized):
     if len(call.inputs) == 1 and layer.input_quantizer is None:
         return "its input has no grid (neither a Quantize before it nor an input_quantizer)"
     name = activation_name(layer)
-    return None if name in _EXACT_ACTIVATIONS else f"activation {name!r} has no integer form"
+    return None if name in CLIPS else f"activation {name!r} has no integer form"

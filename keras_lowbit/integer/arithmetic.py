@@ -195,6 +195,13 @@ def _requantize(op, operands, grids, out):
     return _shifted(_steps(operands[0], grids[0]) * k, shift, op, out)
 
 
+def _multiply(op, operands, grids, out):
+    """Products of at most 255^2 are exact in float32; one multiplication, then the rounding."""
+    first, second = (x - float(grid.zero_point) for x, grid in zip(operands, grids, strict=True))
+    multiplier = float(product_multiplier(grids[0].scale, grids[1].scale, out.scale))
+    return _clip(ops.round(first * second * multiplier), op.activation, out)
+
+
 def _steps(x, grid):
     return ops.cast(x, "int32") - grid.zero_point
 
@@ -269,6 +276,10 @@ def _pad(op, operands, grids, out):
     return ops.pad(operands[0], op.paddings, constant_values=float(out.zero_point))
 
 
+def _resize_nearest(op, operands, grids, out):
+    return ops.repeat(ops.repeat(operands[0], op.factors[0], 1), op.factors[1], 2)
+
+
 def _reshape(op, operands, grids, out):
     return ops.reshape(operands[0], (-1, *out.shape[1:]))
 
@@ -285,11 +296,13 @@ _SUMS: Mapping[type, Callable] = {
 
 _FUNCTIONS: Mapping[type, Callable] = {
     ir.Add: _add,
+    ir.Multiply: _multiply,
     ir.Requantize: _requantize,
     ir.MaxPool2D: _max_pool,
     ir.AveragePool2D: _average_pool,
     ir.Concatenate: _concatenate,
     ir.Pad: _pad,
+    ir.ResizeNearest: _resize_nearest,
     ir.Reshape: _reshape,
     ir.Softmax: _softmax,
     ir.Logistic: _logistic,

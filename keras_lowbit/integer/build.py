@@ -10,8 +10,8 @@ from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.integer import graph as ir
-from keras_lowbit.integer.emit import NotExportable, OnGrid, Probabilities
 from keras_lowbit.integer.lower import Lowering
+from keras_lowbit.integer.values import NotExportable, OnGrid, Probabilities
 
 TYPES = ("float32", "int8", "uint8")
 WEIGHTS = ("int8", "int4", "int4_all")

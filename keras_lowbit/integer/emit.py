@@ -1,17 +1,12 @@
 """Putting pending values on grids: the half of the lowering that knows numbers, not Keras.
 
-Keras tensors become one of two things. `OnGrid` is a tensor of the graph with its grid. Anything
-else is *pending*: products, sums and moves that wait for the grid on which a `Quantize` will put
-them; only then operations are emitted. So batch norm, activations and biases melt into the
-operation before them, and a pool or a concatenation before a `Quantize` takes its grid.
-
-How a grid lives in int8, and why kernels' scales move by `written / true` of their neighbours:
-`container`. The arithmetic that everything here prepares is `integer.reference`.
+What waits for a grid is in `integer.values`; the arithmetic that everything here prepares is
+`integer.reference`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,156 +14,25 @@ from keras import ops
 
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer import signs
+from keras_lowbit.integer.values import (
+    Biases,
+    Elementwise,
+    Image,
+    Linear,
+    Moved,
+    NotExportable,
+    OnGrid,
+    Probabilities,
+    container,
+)
+from keras_lowbit.numerics.fixed_point import settled_scale
 from keras_lowbit.numerics.grid import Grid
 
 LARGEST_BIAS = 2**30
 SMALLEST_MULTIPLIER = 2.0**-30
 LARGEST_MULTIPLIER = 255.5  # the runtime refuses 256
-
-
-class NotExportable(ValueError):
-    """The model cannot become an integer graph; the message names layers and ways out."""
-
-
-@dataclass(frozen=True)
-class Container:
-    """How a grid is written: `zero_point`, `scale` and the fused activation that clips it."""
-
-    zero_point: int
-    scale: float
-    activation: str
-
-
-def container(grid: Grid, relu: float | None = None) -> Container:
-    """The int8 form of a grid.
-
-    Only ratios of scales count in a product, so a scale may be written such that a fused
-    activation clips at the grid's ends: `6 / hi` with RELU6 for unsigned grids, `1 / hi` with
-    RELU_N1_TO_1 for symmetric ones. Grids that end where int8 ends keep their scale.
-
-    Args:
-        grid: scalar scale.
-        relu: `None`, or the largest value that a ReLU in front lets pass (`inf` for a plain one).
-
-    Raises:
-        NotExportable: no fused activation clips to the grid's codes.
-    """
-    scale, zero_point = float(grid.scale), grid.zero_point
-    if relu is not None and relu < scale * (grid.hi - 0.5):
-        # A ReLU6 that ends below the grid's last code: its own end is written as 6.
-        return Container(zero_point, 6.0 / max(round(relu / scale), 1), "relu6")
-    if relu is not None and grid.lo < 0:
-        if zero_point + grid.hi < 127:
-            return Container(zero_point, 6.0 / grid.hi, "relu6")
-        return Container(zero_point, scale, "relu")
-    low_free = zero_point + grid.lo <= -128
-    high_free = zero_point + grid.hi >= 127
-    if low_free and high_free:
-        return Container(zero_point, scale, "none")
-    if grid.lo == 0:
-        return Container(zero_point, 6.0 / grid.hi, "relu6")
-    if grid.lo == -grid.hi:
-        return Container(zero_point, 1.0 / grid.hi, "relu_n1_to_1")
-    raise NotExportable(f"No fused activation clips to codes {grid.lo}..{grid.hi}")
-
-
-@dataclass(frozen=True)
-class OnGrid:
-    """A tensor of the graph. `factor`: written scale over true scale."""
-
-    tensor: str
-    grid: Grid
-    factor: float
-    shape: tuple[int, ...]
-    relu: float | None = None
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A product waiting for its grid: integer kernel, true scales, real bias by output channel."""
-
-    op: type
-    inputs: OnGrid
-    kernel: np.ndarray
-    kernel_scale: np.ndarray
-    bias: np.ndarray
-    kernel_bits: int
-    shape: tuple[int, ...]
-    source: str
-    attributes: dict[str, Any]
-    relu: float | None = None
-    copies: bool = False  # each output reads one input, so its kernel code is free to choose
-
-    def affine(self, gain, shift) -> Linear:
-        """`gain * y + shift` by channel: gain's size goes to the scales, its sign to the codes."""
-        sign = np.where(gain < 0, -1, 1).astype(self.kernel.dtype)
-        depthwise = self.op is ir.DepthwiseConv2D
-        signs = sign.reshape(self.kernel.shape[-2:]) if depthwise else sign
-        return replace(
-            self,
-            kernel=self.kernel * signs,
-            kernel_scale=self.kernel_scale * np.abs(gain),
-            bias=self.bias * gain + shift,
-        )
-
-
-@dataclass(frozen=True)
-class Biases:
-    """Biases of a product as the model has them, as codes, and the reals of one code."""
-
-    reals: np.ndarray
-    codes: np.ndarray
-    unit: np.ndarray
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Two tensors to be added on a grid to come."""
-
-    first: OnGrid
-    second: OnGrid
-    shape: tuple[int, ...]
-    source: str
-    relu: float | None = None
-
-
-@dataclass(frozen=True)
-class Moved:
-    """Codes moved about: an operation whose inputs and output share one grid."""
-
-    op: type
-    parts: tuple[Any, ...]
-    attributes: dict[str, Any]
-    shape: tuple[int, ...]
-    source: str
-
-
-@dataclass(frozen=True)
-class Image:
-    """What an input takes, `real = scale * given + offset`; `pixels` where that is 0..255."""
-
-    name: str
-    scale: float | np.ndarray
-    offset: float | np.ndarray
-    shape: tuple[int, ...]
-    pixels: bool = False
-
-
-@dataclass(frozen=True)
-class Probabilities:
-    """The output of a softmax or a sigmoid on a tensor of the graph."""
-
-    tensor: str
-    shape: tuple[int, ...]
-
-
-def with_relu(value, limit, source):
-    """`clip(value, 0, limit)` of a pending value or a tensor."""
-    if isinstance(value, Moved):
-        return replace(value, parts=tuple(with_relu(p, limit, source) for p in value.parts))
-    if isinstance(value, (Linear, Sum, OnGrid)):
-        return replace(value, relu=limit if value.relu is None else min(limit, value.relu))
-    raise NotExportable(f"{source}: a ReLU cannot follow {type(value).__name__.lower()}")
+# Where the runtime's softmax and sigmoid put their results.
+PROBABILITY_GRID = Grid(1 / 256, 0, 255, 8)
 
 
 class Emitter:
@@ -218,8 +82,10 @@ class Emitter:
             return self._requantize(value, grid, name)
         if isinstance(value, Linear):
             return self._product(value, grid, name)
-        if isinstance(value, Sum):
-            return self._sum(value, grid, name)
+        if isinstance(value, Elementwise):
+            return self._elementwise(value, grid, name)
+        if isinstance(value, Probabilities):
+            return self._probabilities(value, grid, name)
         if isinstance(value, Moved):
             return self._move(value, grid, name)
         if isinstance(value, Image):
@@ -250,18 +116,44 @@ class Emitter:
         )
         return made
 
-    def _sum(self, value, grid, name):
+    def _probabilities(self, value, grid, name):
+        """The runtime's table has a grid of its own; another one takes a second rounding."""
+        own = OnGrid(value.tensor, PROBABILITY_GRID, 1.0, value.shape)
+        return own if own.grid.same_as(grid) else self._requantize(own, grid, name)
+
+    def _elementwise(self, value, grid, name):
         made, activation = self.tensor(name, value.shape, grid, value.relu)
         for part in (made, value.first, value.second):
             if part.factor != 1.0 and not np.isclose(part.factor, 1.0, rtol=1e-6):
                 raise NotExportable(
-                    f"{value.source}: inputs and output of an addition must sit on 8-bit grids. "
-                    f"Got {part.grid.bits} bits at {part.tensor}; quantize_model puts them there"
+                    f"{value.source}: what is added or multiplied, and the result, must sit on "
+                    f"8-bit grids. Got {part.grid.bits} bits at {part.tensor}; quantize_model puts "
+                    "them there"
                 )
-        parts = [self._summand(part, grid, value.source) for part in (value.first, value.second)]
+        parts = value.first, value.second
+        if value.op is ir.Add:
+            parts = [self._summand(part, grid, value.source) for part in parts]
+        else:
+            made = self._settled(made, *parts, value.source)
         inputs = tuple(part.tensor for part in parts)
-        self.ops.append(ir.Add(inputs, made.tensor, value.source, activation=activation))
+        self.ops.append(value.op(inputs, made.tensor, value.source, activation=activation))
         return made
+
+    def _settled(self, made, first, second, source):
+        """`made` on a written scale for which kernels on x86 and on Arm multiply alike.
+
+        A step of the result that is a small part of every product but zero saturates on all of
+        them, and so it does where the runtime's largest multiplier is written.
+        """
+        a, b, out = (self.tensors[t.tensor].scale for t in (first, second, made))
+        if a * b / out < 2.0**-16:
+            raise NotExportable(
+                f"{source}: products of {first.tensor} and {second.tensor} are all less than a "
+                "step of the result. Calibrate on more images"
+            )
+        written = settled_scale(a, b, max(out, a * b / LARGEST_MULTIPLIER))
+        self.tensors[made.tensor] = replace(self.tensors[made.tensor], scale=written)
+        return replace(made, factor=written / float(made.grid.scale))
 
     def _summand(self, part, grid, source):
         """`part` on a grid that the runtime adds exactly: scale ratios in [2^-10, 2^8)."""

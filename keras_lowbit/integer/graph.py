@@ -140,6 +140,22 @@ class Add(Op):
 
 
 @dataclass(frozen=True, eq=False)
+class Multiply(Op):
+    """Product of two tensors, axes of size 1 repeated; one rounding to the output grid.
+
+        m = (scale_a * scale_b) / scale_out                     float32 at each step
+        y = clip(rint(float32((a - zp_a) * (b - zp_b)) * m) + zp_out)
+
+    Kernels on Arm round the exact product, half up; `fixed_point.settled_scale` finds output scales
+    on which that gives the same codes, and `emit` writes those.
+    """
+
+    activation: str = "none"
+
+    kind: ClassVar[str] = "multiply"
+
+
+@dataclass(frozen=True, eq=False)
 class Requantize(Op):
     """Move codes to another grid and clip: written as ADD of a scalar zero with a fused clip."""
 
@@ -186,6 +202,15 @@ class Pad(Op):
     paddings: tuple[tuple[int, int], ...] = ()
 
     kind: ClassVar[str] = "pad"
+
+
+@dataclass(frozen=True, eq=False)
+class ResizeNearest(Op):
+    """Every code repeated `factors` times along height and width; one grid."""
+
+    factors: tuple[int, int] = (2, 2)
+
+    kind: ClassVar[str] = "resize_nearest"
 
 
 @dataclass(frozen=True, eq=False)

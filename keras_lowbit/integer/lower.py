@@ -1,12 +1,11 @@
 """From a quantized Keras model to the integer graph: what each kind of call becomes.
 
-A table of small functions, one a kind (`keras_lowbit.kinds`); `integer.emit` holds the values they
-pass around and the arithmetic of scales.
+A table of small functions, one a kind (`keras_lowbit.kinds`); `integer.values` holds what they
+pass around, `integer.emit` the arithmetic of scales.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,19 +14,17 @@ from keras import ops
 from keras_lowbit import layers, walk
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer import moves
-from keras_lowbit.integer.emit import (
-    Emitter,
+from keras_lowbit.integer.emit import Emitter, identity, kernel_codes
+from keras_lowbit.integer.values import (
+    Elementwise,
     Image,
     Linear,
     NotExportable,
     OnGrid,
     Probabilities,
-    Sum,
-    identity,
-    kernel_codes,
     with_relu,
 )
-from keras_lowbit.kinds import activation_name, kind_of
+from keras_lowbit.kinds import activation_name, kind_of, limit_of, scaling_of
 from keras_lowbit.numerics.grid import Grid
 from keras_lowbit.numerics.windows import same_padding
 
@@ -170,7 +167,7 @@ def _product(lowering, call):
         value = _separable(lowering, call, value)
     else:
         value = _linear(lowering, call, value, layer.kernel, layer.kernel_quantizer, layer.bias)
-    value = _activated(value, activation_name(layer), call)
+    value = _activated(value, call)
     if layer.output_quantizer is not None:
         value = lowering.emitter.put(
             value, _grid(lowering, call, layer.output_quantizer), call.name
@@ -286,11 +283,14 @@ def _check_padding(layer, value, kernel_shape):
 _PROBABILITIES = {"softmax": ir.Softmax, "sigmoid": ir.Logistic}
 
 
-def _activated(value, name, call):
+def _activated(value, call):
+    name, limit = activation_name(call.operation), limit_of(call.operation)
     if name == "linear":
         return value
-    if name in ("relu", "relu6"):
-        return with_relu(value, 6.0 if name == "relu6" else math.inf, call.name)
+    if name == "hard_sigmoid":
+        value = _affine(value, 1 / 6, 0.5, call)
+    if limit is not None:
+        return with_relu(value, limit, call.name)
     if name in _PROBABILITIES:
         raise NotExportable(
             f"{call.name}: a {name} inside a layer has no grid before it; give the layer "
@@ -298,7 +298,7 @@ def _activated(value, name, call):
         )
     raise NotExportable(
         f"{call.name}: activation {name!r} has no exact integer form. "
-        "Use relu, relu6, linear, or softmax or sigmoid at the end"
+        "Use relu, relu6, hard_sigmoid, sigmoid, silu, hard_silu, softmax or linear"
     )
 
 
@@ -311,7 +311,7 @@ def _activation(lowering, call):
         lowering.emitter.tensors[wanted] = tensor
         lowering.emitter.ops.append(_PROBABILITIES[name]((value.tensor,), wanted, call.name))
         return Probabilities(wanted, value.shape)
-    return _activated(lowering.read(call), name, call)
+    return _activated(lowering.read(call), call)
 
 
 def _batch_norm(lowering, call):
@@ -339,37 +339,57 @@ def _normalization(lowering, call):
 
 
 def _affine(value, gain, shift, call):
+    """`gain * value + shift`, numbers or one a channel, in the operation before or in a copy."""
+    limit = getattr(value, "relu", None)
+    if limit is not None and np.ndim(gain) == 0 and gain > 0 and not np.any(shift):
+        # A positive factor may as well come before the clip.
+        return replace(_affine(replace(value, relu=None), gain, shift, call), relu=limit * gain)
+    channels = (value.shape[-1],)
+    gain, shift = (np.broadcast_to(np.asarray(x, np.float64), channels) for x in (gain, shift))
     if isinstance(value, OnGrid) and value.relu is None:
         return identity(value, call.name).affine(gain, shift)
     if isinstance(value, Linear) and value.relu is None:
         return value.affine(gain, shift)
     raise NotExportable(
-        f"{call.name}: a normalization must follow a quantized layer or a tensor on a grid; "
+        f"{call.name}: what scales and shifts must follow a quantized layer or a tensor on a grid; "
         "put a Quantize and a Dequantize layer before it"
     )
 
 
 def _rescaling(lowering, call):
     value = lowering.read(call)
-    layer = call.operation
+    gain, shift = scaling_of(call)
     if not isinstance(value, Image):
-        raise NotExportable(f"{call.name}: Rescaling is supported at the model's input only")
-    scale = value.scale * float(layer.scale)
-    return replace(value, scale=scale, offset=value.offset * layer.scale + layer.offset)
+        return _affine(value, gain, shift, call)
+    if np.ndim(gain) or np.ndim(shift):
+        raise NotExportable(f"{call.name}: an input can be rescaled by one number only")
+    gain, shift = float(gain), float(shift)
+    return replace(value, scale=value.scale * gain, offset=value.offset * gain + shift)
 
 
 def _add(lowering, call):
-    if len(call.inputs) != 2:
-        raise NotExportable(
-            f"{call.name}: expected two tensors to add. Got {len(call.inputs)}; "
-            "constants cannot be added"
-        )
-    first, second = lowering.grid_tensor(call, 0), lowering.grid_tensor(call, 1)
+    first, second = _two(lowering, call)
     if first.shape != second.shape:
         raise NotExportable(
             f"{call.name}: only equal shapes are added. Got {first.shape} and {second.shape}"
         )
-    return Sum(first, second, first.shape, call.name)
+    return Elementwise(ir.Add, first, second, first.shape, call.name)
+
+
+def _multiply(lowering, call):
+    first, second = _two(lowering, call)
+    if len(first.shape) != len(second.shape):
+        raise NotExportable(
+            f"{call.name}: tensors to multiply must have as many axes. Got {first.shape} and "
+            f"{second.shape}; keep the axes (keepdims=True) or reshape"
+        )
+    return Elementwise(ir.Multiply, first, second, lowering.shape(call.output), call.name)
+
+
+def _two(lowering, call):
+    if len(call.inputs) != 2:
+        raise NotExportable(f"{call.name}: expected two tensors. Got {len(call.inputs)}")
+    return lowering.grid_tensor(call, 0), lowering.grid_tensor(call, 1)
 
 
 def _numpy(variable):
@@ -385,12 +405,14 @@ RULES = {
     "normalization": _normalization,
     "rescaling": _rescaling,
     "add": _add,
+    "multiply": _multiply,
     "concatenate": moves.concatenate,
     "max_pool": moves.max_pool,
     "global_max_pool": moves.global_max_pool,
     "average_pool": moves.average_pool,
     "global_average_pool": moves.global_average_pool,
     "pad": moves.pad,
+    "upsample": moves.upsample,
     "reshape": moves.reshape,
     "dropout": moves.same,
     "augmentation": moves.same,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from keras_lowbit.integer import graph as ir
-from keras_lowbit.integer.emit import Linear, Moved, NotExportable, OnGrid
+from keras_lowbit.integer.values import Linear, Moved, NotExportable, OnGrid
 
 
 def _moved(lowering, call, op, **attributes):
@@ -125,6 +125,17 @@ def pad(lowering, call):
     else:
         widths = ((0, 0), *(tuple(p) for p in operation.padding), (0, 0))
     return _moved(lowering, call, ir.Pad, paddings=widths)
+
+
+def upsample(lowering, call):
+    """Every code repeated."""
+    layer = call.operation
+    if layer.interpolation != "nearest" or layer.data_format != "channels_last":
+        raise NotExportable(
+            f"{call.name}: only interpolation='nearest' of channels-last images has an integer "
+            f"form. Got {layer.interpolation!r}, {layer.data_format!r}"
+        )
+    return _moved(lowering, call, ir.ResizeNearest, factors=tuple(layer.size))
 
 
 def reshape(lowering, call):

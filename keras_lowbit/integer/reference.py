@@ -157,6 +157,14 @@ def add(op, operands, grids, out):
     return np.clip(codes, *activation_bounds(op.activation, out.scale, out.zero_point, out.dtype))
 
 
+def multiply(op, operands, grids, out):
+    """`(a - zp_a) * (b - zp_b)`, rescaled as a sum of products is."""
+    products = (operands[0] - grids[0].zero_point) * (operands[1] - grids[1].zero_point)
+    multiplier = product_multiplier(grids[0].scale, grids[1].scale, out.scale)
+    codes = np.rint(products.astype(np.float32) * multiplier) + np.float32(out.zero_point)
+    return np.clip(codes, *activation_bounds(op.activation, out.scale, out.zero_point, out.dtype))
+
+
 def requantize(op, operands, grids, out):
     """An addition of zero on the input's own scale."""
     zero = ir.Tensor("zero", (), scale=grids[0].scale)
@@ -187,6 +195,11 @@ def concatenate(op, operands, grids, out):
 def pad(op, operands, grids, out):
     """Codes with zero points around them."""
     return np.pad(operands[0], op.paddings, constant_values=out.zero_point)
+
+
+def resize_nearest(op, operands, grids, out):
+    """Each code a rectangle of itself."""
+    return operands[0].repeat(op.factors[0], 1).repeat(op.factors[1], 2)
 
 
 def reshape(op, operands, grids, out):
@@ -241,11 +254,13 @@ _FUNCTIONS = {
     ir.DepthwiseConv2D: depthwise_conv_2d,
     ir.FullyConnected: fully_connected,
     ir.Add: add,
+    ir.Multiply: multiply,
     ir.Requantize: requantize,
     ir.MaxPool2D: max_pool_2d,
     ir.AveragePool2D: average_pool_2d,
     ir.Concatenate: concatenate,
     ir.Pad: pad,
+    ir.ResizeNearest: resize_nearest,
     ir.Reshape: reshape,
     ir.Softmax: softmax,
     ir.Logistic: logistic,

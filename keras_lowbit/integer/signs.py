@@ -15,7 +15,7 @@ from keras_lowbit.integer import graph as ir
 
 
 def objection(value) -> str | None:
-    """Why a pending value or a tensor (see `emit`) cannot become signs; `None` if it can."""
+    """Why a pending value or a tensor (see `values`) cannot become signs; `None` if it can."""
     if hasattr(value, "pixels"):
         return (
             f"Input {value.name}: images cannot be signs; give the input 8 bits, as quantize_model "
@@ -47,7 +47,7 @@ def kernel_sums(value) -> np.ndarray:
 
 
 def folded(value):
-    """A product (`emit.Linear`) with what code 0 of its input stands for in the bias."""
+    """A product (`values.Linear`) with what code 0 of its input stands for in the bias."""
     offset = value.inputs.grid.offset
     if not offset:
         return value

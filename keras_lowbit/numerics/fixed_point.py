@@ -63,6 +63,47 @@ def add_parameters(scale_a: float, scale_b: float, scale_out: float) -> tuple[in
     return k_a, k_b, shift
 
 
+# |code - zero_point| of two 8-bit tensors is at most 255.
+_LARGEST_PRODUCT = 255 * 255
+# Units in the last place that a scale may move: one or two settle all that was tried, and eight are
+# less than the 1e-6 that other arithmetic takes for the same scale.
+_SETTLING_STEPS = 7
+
+
+def settled_scale(scale_a: float, scale_b: float, scale_out: float) -> float:
+    """The scale nearest to `scale_out` on which processors agree about all products of two codes.
+
+    With `m = product_multiplier(...)` kernels on x86 round the float32 product, half to even, and
+    those on Arm the exact one, half up:
+
+        rint(float32(p * m)) == floor(p * m + 1/2)         for each |p| <= 255^2
+
+    which ties, and products that float32 takes for one, break. A scale some units in the last
+    place off has none: far less than training resolves.
+
+    Args:
+        scale_a: reals per code of the first tensor.
+        scale_b: of the second.
+        scale_out: of the result.
+
+    Raises:
+        ValueError: no such scale within seven units in the last place.
+    """
+    products = np.arange(-_LARGEST_PRODUCT, _LARGEST_PRODUCT + 1, dtype=np.float64)
+    bits = np.float32(scale_out).view(np.int32)
+    for step in sorted(range(-_SETTLING_STEPS, _SETTLING_STEPS + 1), key=abs):
+        scale = (bits + np.int32(step)).view(np.float32)
+        m = product_multiplier(scale_a, scale_b, scale)
+        exact = products * np.float64(m)  # 17 bits times 24: float64 holds them
+        # Beyond int8 both are clipped alike.
+        exact = exact[np.abs(exact) <= 256.0]
+        if np.array_equal(np.rint(exact.astype(np.float32)), np.floor(exact + 0.5)):
+            return float(scale)
+    raise ValueError(
+        f"No scale near {scale_out:g} settles the products of {scale_a:g} and {scale_b:g}"
+    )
+
+
 def activation_bounds(
     activation: str, scale: float, zero_point: int, dtype: str = "int8"
 ) -> tuple[int, int]:

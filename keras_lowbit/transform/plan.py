@@ -8,14 +8,30 @@ width; one that is added, pooled, normalized, or read at two widths is a *stream
 from __future__ import annotations
 
 import functools
+import math
+
+import numpy as np
 
 from keras_lowbit import walk
-from keras_lowbit.kinds import TRANSPARENT, activation_name, kind_of
+from keras_lowbit.kinds import (
+    CLIPS,
+    FIXED_SCALES,
+    GATES,
+    TRANSPARENT,
+    activation_name,
+    kind_of,
+    limit_of,
+    scaling_of,
+)
 
 STREAM_BITS = 8
 # What may stand between an input and the grid of its pixels, a Rescaling aside.
 BEFORE_GRID = TRANSPARENT | {"augmentation"}
-_STREAM_READERS = frozenset({"add", "average_pool", "global_average_pool"})
+# Calls that scale and shift channels.
+_MELTING = frozenset({"batch_norm", "rescaling"})
+_STREAM_READERS = frozenset({"add", "multiply", "average_pool", "global_average_pool"})
+# Activations that read 8-bit logits, and make 8-bit codes by a table.
+_TABLES = ("softmax", "softmax_variant", "sigmoid")
 
 
 class Plan:
@@ -38,12 +54,29 @@ class Plan:
         count = len(self.readers.get(ref.index, [])) + (ref in self.output_refs)
         if "stream" in wants or len(wants) > 1 or (wants == {"pass"} and count > 1):
             return True
+        if self.readers.get(ref.index) and self._makes_codes(ref):
+            return True
         # A sum sits on 8 bits before anything but its own activation touches it.
-        return bool(wants) and self._root_is_add(ref) and not self._is_activated(ref)
+        return bool(wants) and self._root_is_sum(ref) and not self._is_activated(ref)
+
+    def makes_probabilities(self, ref):
+        """Whether a tensor comes from a softmax or a sigmoid, a layer's own included."""
+        return self._activation_of(self.producers.get(ref.index)) in _TABLES
+
+    def _makes_codes(self, ref):
+        """Whether an activation gives a tensor 8-bit codes: by a table, or as a product."""
+        return self._activation_of(self.producers.get(ref.index)) in (*_TABLES, *GATES)
+
+    @staticmethod
+    def _activation_of(call):
+        """The activation that a call is, or ends with; `None` for other calls."""
+        known = call is not None and kind_of(call) in ("activation", "product")
+        return activation_name(call.operation) if known else None
 
     def _is_activated(self, ref):
         readers = self.readers.get(ref.index, [])
-        return [kind_of(c) for c in readers] == ["activation"]
+        # Another limit may be a small part of what is added, which the runtime would not add.
+        return len(readers) == 1 and self._is_clip(readers[0], "linear", "relu", "relu6")
 
     def _want(self, call, ref):
         kind = kind_of(call)
@@ -52,18 +85,55 @@ class Plan:
             return "pass" if widths is None else widths.activation_bits
         if kind in _STREAM_READERS:
             return "stream"
-        if kind == "batch_norm" and not self._follows_product(ref):
-            return "stream"
-        if self.makes_probabilities(call):
+        if self.reads_logits(call):
             return STREAM_BITS
+        if self.is_gated(call):
+            return "stream"
+        if kind in _MELTING or self._is_clip(call, "hard_sigmoid"):
+            return "pass" if self._melts(call, ref) else "stream"
         return "pass"
 
-    def makes_probabilities(self, call):
-        """Whether a call is a softmax, or a sigmoid that ends the model: it reads 8-bit logits."""
-        if kind_of(call) != "activation":
+    @staticmethod
+    def reads_logits(call):
+        """Whether a call is a softmax or a sigmoid, whose table takes 8-bit codes."""
+        return kind_of(call) == "activation" and activation_name(call.operation) in _TABLES
+
+    @staticmethod
+    def is_gated(call):
+        """Whether a call multiplies its input by another activation of it."""
+        return kind_of(call) == "activation" and activation_name(call.operation) in GATES
+
+    @staticmethod
+    def _is_clip(call, *names):
+        """Whether a call is an activation that clips, of these names or any."""
+        known = kind_of(call) == "activation"
+        return known and activation_name(call.operation) in (names or CLIPS)
+
+    @staticmethod
+    def _is_factor(call):
+        """Whether a rescaling multiplies by one positive number and does nothing else."""
+        gain, shift = scaling_of(call)
+        return np.ndim(gain) == 0 and bool(gain > 0) and not np.any(shift)
+
+    def _melts(self, call, ref):
+        """Whether what a call does to `ref` becomes part of a product in front, its only reader.
+
+        A positive factor may as well come before a clip; what adds something may not.
+        """
+        if len(self.readers.get(ref.index, [])) != 1:
             return False
-        name = activation_name(call.operation)
-        return "softmax" in name or (name == "sigmoid" and call.output in self.output_refs)
+        factor = kind_of(call) == "rescaling" and self._is_factor(call)
+        before = self.producers.get(ref.index)
+        while before is not None and (
+            kind_of(before) in _MELTING | {"dropout"} or (factor and self._is_clip(before))
+        ):
+            before = self.producers.get(before.inputs[0].index)
+        return (
+            before is not None
+            and kind_of(before) == "product"
+            and self.widths(before) is not None
+            and activation_name(before.operation) in (CLIPS if factor else ("linear",))
+        )
 
     def walk_back(self, ref, kinds):
         """The first producer behind `ref` whose kind is not in `kinds`; `None` at an input."""
@@ -72,20 +142,9 @@ class Plan:
             call = self.producers.get(call.inputs[0].index)
         return call
 
-    def _follows_product(self, ref):
-        call = self.walk_back(ref, {"batch_norm", "dropout"})
-        single = len(self.readers.get(ref.index, [])) == 1
-        return (
-            call is not None
-            and single
-            and kind_of(call) == "product"
-            and self.widths(call) is not None
-            and activation_name(call.operation) == "linear"
-        )
-
-    def _root_is_add(self, ref):
+    def _root_is_sum(self, ref):
         call = self.walk_back(ref, {"activation"})
-        return call is not None and kind_of(call) == "add"
+        return call is not None and kind_of(call) in ("add", "multiply")
 
     def is_image(self, ref):
         """Whether `ref` is a model input, moved about or rescaled by one number at most."""
@@ -134,6 +193,10 @@ class Plan:
                 stack.extend(call.inputs)
         return found
 
+    def fixed_scale(self, ref):
+        """Reals per code of a tensor whose 8-bit grid follows from its activation, or `None`."""
+        return FIXED_SCALES.get(self._activation_of(self.walk_back(ref, TRANSPARENT)))
+
     def sign_and_limit(self, ref):
         """Whether a tensor has no negative values, and the largest it can take (or `None`)."""
         call = self.producers.get(ref.index)
@@ -144,10 +207,15 @@ class Plan:
             name = activation_name(call.operation)
             if name == "linear" and kind == "activation":
                 return self.sign_and_limit(call.inputs[0])
-            return name in ("relu", "relu6", "softmax", "sigmoid"), 6.0 if name == "relu6" else None
+            limit = limit_of(call.operation)
+            nonnegative = limit is not None or name in FIXED_SCALES
+            return nonnegative, None if limit == math.inf else limit
+        if kind == "rescaling" and self._is_factor(call):
+            nonnegative, limit = self.sign_and_limit(call.inputs[0])
+            return nonnegative, None if limit is None else limit * float(scaling_of(call)[0])
         if kind in BEFORE_GRID | {"average_pool", "global_average_pool"}:
             return self.sign_and_limit(call.inputs[0])
-        if kind in ("add", "concatenate"):
+        if kind in ("add", "multiply", "concatenate"):
             known = [self.sign_and_limit(r) for r in call.inputs]
             limits = [limit for _, limit in known]
             common = kind == "concatenate" and len(set(limits)) == 1

@@ -6,6 +6,7 @@ for each. Calls that only move codes (`kinds.TRANSPARENT`) pass a grid on.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,15 @@ import keras
 import numpy as np
 
 from keras_lowbit import layers, quantizers, walk
-from keras_lowbit.kinds import TRANSPARENT, activation_name, kind_of
+from keras_lowbit.kinds import (
+    CLIPS,
+    FIXED_SCALES,
+    GATES,
+    TRANSPARENT,
+    activation_name,
+    kind_of,
+    scaling_of,
+)
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
 from keras_lowbit.transform.plan import BEFORE_GRID, STREAM_BITS, Plan
@@ -21,7 +30,8 @@ from keras_lowbit.transform.plan import BEFORE_GRID, STREAM_BITS, Plan
 # Quantizers of activations that know of a ReLU6 in front.
 _TAKE_A_LIMIT = ("lsq", "channel_balanced")
 _SIGN = "sign"
-_EXPORTABLE_ACTIVATIONS = ("linear", "relu", "relu6")
+# Layers of what takes two tensors at a time.
+_OF_TWO = {"add": keras.layers.Add, "multiply": keras.layers.Multiply}
 
 _QUANTIZED = {
     keras.layers.Conv2D: layers.QuantizedConv2D,
@@ -118,13 +128,16 @@ class _Builder:
         kind = kind_of(call)
         if kind == "product":
             entry = self._product(call)
-        elif kind == "add":
-            entry = _Entry(values=self._add(call))
+        elif kind in _OF_TWO:
+            entry = _Entry(values=self._two_at_a_time(call, _OF_TWO[kind]))
         elif kind in TRANSPARENT and self._on_grid(call.inputs[0]):
             source = self.entries[call.inputs[0].index]
             codes = self._clone(call, {call.inputs[0].index: source.pair[0]})
             entry = _Entry(pair=(codes, source.pair[1]), bits=source.bits)
-        elif self.plan.makes_probabilities(call):
+        elif self.plan.is_gated(call):
+            values = self._values(call.inputs[0])
+            entry = _Entry(values=self._gated(call.operation, values, call.name))
+        elif self.plan.reads_logits(call):
             read = {r.index: self._logits(r) for r in call.inputs}
             entry = _Entry(values=self._clone(call, read))
         else:
@@ -161,21 +174,27 @@ class _Builder:
             outputs = activation(self._dequantized(quantized, layer.name))
         return _Entry(values=outputs)
 
-    def _add(self, call):
+    def _two_at_a_time(self, call, layer):
+        """What the runtime adds or multiplies by twos; each partial result needs its own grid."""
         tensors = [self._values(r) for r in call.inputs]
-        if len(tensors) == 1:
-            # `x + 2.5`: kept as it is; it has no integer form, and `summary` says so.
-            return self._clone(call, {call.inputs[0].index: tensors[0]})
-        if len(tensors) != 2:
-            # The runtime adds two at a time; each partial sum needs its own grid.
-            total = tensors[0]
-            for i, other in enumerate(tensors[1:], 1):
-                total = keras.layers.Add(name=self._name(f"{call.name}_{i}"))([total, other])
-                if i < len(tensors) - 1:
-                    step = layers.Quantize(bits=STREAM_BITS, name=self._name(f"{call.name}_{i}_q"))
-                    total = self._dequantized(step(total), f"{call.name}_{i}")
-            return total
-        return keras.layers.Add(name=self._name(call.name))(tensors)
+        if len(tensors) == 2:
+            return layer(name=self._name(call.name))(tensors)
+        total = tensors[0]
+        for i, other in enumerate(tensors[1:], 1):
+            total = layer(name=self._name(f"{call.name}_{i}"))([total, other])
+            if i < len(tensors) - 1:
+                step = layers.Quantize(bits=STREAM_BITS, name=self._name(f"{call.name}_{i}_q"))
+                total = self._dequantized(step(total), f"{call.name}_{i}")
+        return total
+
+    def _gated(self, operation, values, name):
+        """`x * gate(x)` of values on a grid; the gate has the grid that its range gives."""
+        kind = GATES[activation_name(operation)]
+        gate = keras.layers.Activation(kind, name=self._name(f"{name}_gate"))(values)
+        quantizer = quantizers.Affine(STREAM_BITS, scale=FIXED_SCALES[kind])
+        pair = layers.Quantize(quantizer, name=self._name(f"{name}_gate_quantize"))(gate)
+        gate = self._dequantized(pair, f"{name}_gate")
+        return keras.layers.Multiply(name=self._name(f"{name}_gated"))([values, gate])
 
     # --- reading tensors ----------------------------------------------------------------------
 
@@ -206,11 +225,9 @@ class _Builder:
         return self._dequantized(self._grid(ref, STREAM_BITS), self._tensor_name(ref))
 
     def _output(self, ref):
-        producer = self.plan.producers.get(ref.index)
-        name = None if producer is None else activation_name(producer.operation)
-        if name is not None and ("softmax" in name or name == "sigmoid"):
-            return self._values(ref)
-        if not any(kind_of(c) == "product" for c in self.plan.ancestors(ref)):
+        if self.plan.makes_probabilities(ref) or not any(
+            kind_of(c) == "product" for c in self.plan.ancestors(ref)
+        ):
             return self._values(ref)
         return self._logits(ref)
 
@@ -233,8 +250,11 @@ class _Builder:
 
     def _quantize(self, ref, values, bits, name=None, signed=None):
         name = self._name(f"{name or self._tensor_name(ref)}_quantize")
+        fixed = self.plan.fixed_scale(ref) if signed is None and bits == STREAM_BITS else None
         if self.plan.is_image(ref):
             quantizer = self._image_quantizer(ref)
+        elif fixed is not None:
+            quantizer = quantizers.Affine(bits, scale=fixed)
         else:
             nonnegative, limit = self.plan.sign_and_limit(ref)
             signed = not nonnegative if signed is None else signed
@@ -258,14 +278,7 @@ class _Builder:
         """The grid on which 256 pixel values stay 256 codes, where the range is known."""
         call = self.plan.walk_back(ref, BEFORE_GRID)
         if call is not None:
-            if self.plan.walk_back(call.inputs[0], BEFORE_GRID) is not None:
-                raise ValueError(f"{call.name}: only one Rescaling can stand at the input")
-            scale, offset = call.operation.scale, call.operation.offset
-            if np.ndim(scale) or np.ndim(offset):
-                raise ValueError(
-                    f"{call.name}: Rescaling by channel cannot become an input grid. "
-                    "Use Normalization for that, or one number."
-                )
+            scale, offset = self._image_scaling(call)
         elif self.input_range is not None:
             bottom, top = self.input_range
             if not top > bottom:
@@ -275,6 +288,30 @@ class _Builder:
             return quantizers.Affine(8)
         lo = int(np.clip(np.rint(offset / scale), -255, 0))
         return quantizers.Affine(8, scale=scale, lo=lo, offset=offset - scale * lo)
+
+    def _image_scaling(self, call):
+        """Gain and shift of the rescalings that end with `call`, one behind the other."""
+        scale, offset = 1.0, 0.0
+        while call is not None:
+            gain, shift = scaling_of(call)
+            if np.ndim(gain) or np.ndim(shift):
+                raise ValueError(
+                    f"{call.name}: Rescaling by channel cannot become an input grid. "
+                    "Use Normalization for that, or one number."
+                )
+            if not 0 < gain < np.inf or not np.isfinite(shift):
+                raise ValueError(
+                    f"{call.name}: an input must be rescaled by a positive number. Got {gain:g}"
+                )
+            scale, offset = scale * float(gain), offset + scale * float(shift)
+            before = self.plan.walk_back(call.inputs[0], BEFORE_GRID)
+            if before not in (None, self.plan.walk_back(call.inputs[0], BEFORE_GRID - {"pad"})):
+                raise ValueError(
+                    f"{call.name}: the zeros that are put around the image would be rescaled too. "
+                    "Put all rescalings before the padding"
+                )
+            call = before
+        return scale, offset
 
     def _offset_of(self, ref):
         quantizer = self._image_quantizer(ref) if self.plan.is_image(ref) else None
@@ -313,11 +350,9 @@ class _Builder:
         config["use_bias"] = config["use_bias"] or needs_bias
         name = activation_name(original)
         after = None
-        if name not in _EXPORTABLE_ACTIVATIONS:
+        if name not in CLIPS:
             config["activation"] = None
-            after = keras.layers.Activation(
-                original.activation, name=self._name(f"{call.name}_{name}")
-            )
+            after = self._activation_after(original, call.name)
         for key in ("kernel_regularizer", "depthwise_regularizer", "dtype"):
             if config.get(key) is None:
                 config.pop(key, None)
@@ -329,6 +364,13 @@ class _Builder:
         )
         self.clones[id(original)] = (layer, after)
         return layer, after, True
+
+    def _activation_after(self, original, name):
+        """What computes a product's activation from its logits."""
+        kind = activation_name(original)
+        if kind in GATES:
+            return functools.partial(self._gated, original, name=f"{name}_{kind}")
+        return keras.layers.Activation(original.activation, name=self._name(f"{name}_{kind}"))
 
     def _kernel_quantizers(self, cls, widths):
         name = widths.kernel or self.scheme.kernel

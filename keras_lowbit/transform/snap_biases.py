@@ -15,19 +15,21 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit import walk
-from keras_lowbit.integer.emit import NotExportable
 from keras_lowbit.integer.lower import Lowering
-from keras_lowbit.kinds import kind_of
+from keras_lowbit.integer.values import NotExportable
+from keras_lowbit.kinds import activation_name, kind_of, scaling_of
 from keras_lowbit.layers.packed_kernels import kernels
 
 # Share of a code: float32 knows a ratio of 128 codes to 1e-5.
 _BORDER = 1e-4
+# What may stand between a product and the grid that it is put on.
+_MELTS = ("batch_norm", "dropout", "rescaling", "activation")
 
 
 def snap_biases(model):
     """Move biases to the nearest whole number of units, in place.
 
-        unit[c] = scale_in * scale_kernel[c] * |gain[c]|           gain: of the batch norms behind
+        unit[c] = scale_in * scale_kernel[c] * |gain[c]|           gain: of what scales behind
         bias'[c] = round(bias[c] / unit[c]) * unit[c]              half to even
 
     where `bias` is what is added in all; the layer's own bias moves, or the `beta` of the last
@@ -105,7 +107,7 @@ def _variable(call, readers):
     chain = [call]
     while True:
         behind = readers.get(chain[-1].output.index, [])
-        if len(behind) != 1 or kind_of(behind[0]) not in ("batch_norm", "dropout"):
+        if len(behind) != 1 or kind_of(behind[0]) not in _MELTS:
             break
         chain.append(behind[0])
     if any(kind_of(reader) == "batch_norm" for reader in behind):
@@ -113,7 +115,11 @@ def _variable(call, readers):
     gain = np.ones(())
     for link in reversed(chain):
         layer = link.operation
-        if kind_of(link) == "batch_norm":
+        if kind_of(link) in ("activation", "product") and activation_name(layer) == "hard_sigmoid":
+            gain = gain / 6.0
+        if kind_of(link) == "rescaling":
+            gain = gain * scaling_of(link)[0]
+        elif kind_of(link) == "batch_norm":
             if layer.center:
                 return layer.beta, gain + np.zeros(layer.beta.shape)
             gain = gain / np.sqrt(_numpy(layer.moving_variance) + layer.epsilon)

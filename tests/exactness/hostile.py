@@ -31,6 +31,8 @@ def hostile(model: keras.Model, seed: int, gain: float = np.inf) -> keras.Model:
     for layer in _leaves(model):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.set_weights(_hostile_norm(layer, random, gain))
+        elif layer.weights and isinstance(layer, keras.layers.Normalization):
+            layer.adapt(random.uniform(0, 1, (16, *layer.input.shape[1:])).astype(np.float32))
         elif layer.weights:
             layer.set_weights([_random_like(w, random) for w in layer.weights])
     return model

@@ -51,7 +51,8 @@ class Maker:
             self.activation, self.norm_first, self.residual, self.residual, self.branches,
             self.three, self.max_pool, self.average_pool, self.padding, self.padded_conv,
             self.shortcut, self.shared, self.nested, self.dropout, self.dense_on_images,
-            self.squeeze, self.sliced,
+            self.squeeze, self.sliced, self.excited, self.gated, self.constant, self.multiplied,
+            self.upsampled,
         )  # fmt: skip
 
     # --- dice -----------------------------------------------------------------------------------
@@ -299,6 +300,38 @@ class Maker:
     def dropout(self, x):
         self.count("dropout")
         return K.Dropout(0.3)(x)
+
+    def excited(self, x):
+        """Squeeze-and-excite."""
+        self.count("squeeze and excite")
+        gate = self.pick("sigmoid", "hard_sigmoid")
+        self.count(gate)
+        y = K.GlobalAveragePooling2D(keepdims=True)(x)
+        y = K.Conv2D(2, 1, activation=self.pick("relu", "silu"))(y)
+        return K.Multiply()([x, K.Conv2D(x.shape[-1], 1, activation=gate)(y)])
+
+    def gated(self, x):
+        name = self.pick("silu", "hard_silu", "sigmoid", "hard_sigmoid")
+        self.count(name)
+        return K.Activation(name)(x if self.chance(0.5) else self.same_shape(x))
+
+    def constant(self, x):
+        """Constants behind a product, a sum or a tensor on a grid."""
+        self.count("constant")
+        x = x if self.chance(0.5) else self.same_shape(x)
+        many = self.random.uniform(-1.5, 1.5, x.shape[-1]).astype(np.float32)
+        return self.pick(lambda: x * 0.7, lambda: 1.0 - x / 3.0, lambda: x * many + 0.25)()
+
+    def upsampled(self, x):
+        self.count("upsampling")
+        return K.UpSampling2D(self.pick(2, (1, 3)))(x)
+
+    def multiplied(self, x):
+        self.count("multiply")
+        x = ops.multiply(x, self.same_shape(x))
+        if self.maybe(0.5, "relu with a limit"):
+            return K.ReLU(self.pick(0.5, 2.0))(x)
+        return x
 
     def squeeze(self, x):
         """A mean over the image, brought back into it by an addition."""

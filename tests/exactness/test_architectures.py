@@ -23,6 +23,9 @@ BUILD = {
     "MobileNet": application("MobileNet"),
     "MobileNetV2": application("MobileNetV2"),
     "ResNet50": application("ResNet50"),
+    "MobileNetV3Small": application("MobileNetV3Small"),
+    "EfficientNetB0": application("EfficientNetB0"),
+    "mnasnet_a1": lambda: zoo.build("mnasnet_a1", input_shape=(96, 96, 3)),
 }
 
 # 53 batch norms one after the other, and nothing that bounds their product.

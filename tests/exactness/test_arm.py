@@ -7,6 +7,7 @@ import pytest
 from keras_lowbit import zoo
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer import reference
+from keras_lowbit.numerics.fixed_point import settled_scale
 from tests.exactness import arm
 from tests.exactness.coverage import Coverage
 from tests.exactness.hostile import exported, hostile, quantized
@@ -70,6 +71,32 @@ def test_random_models_give_the_codes_of_x86(tmp_path, capsys):
     with capsys.disabled():
         print(f"\n12 random models: {sum(wrong.values())} wrong of {compared:,} codes")
     assert wrong == {}
+
+
+def test_products_of_two_tensors_on_settled_scales_are_those_of_the_reference(tmp_path):
+    """All pairs of codes, ties of powers of two among them; without the settling many differ."""
+    every = np.arange(-128, 128, dtype=np.int8)
+    pairs = {"x": every[None, :, None], "y": np.tile(every, (1, 256, 1))}
+    wrong = {True: 0, False: 0}
+    for settled in wrong:
+        graphs = []
+        for unit in (2.0**-14, 2.0**-8, 2.0**-5, 0.9 / 256, 1 / 255, 1.0, 3.0, *_units(20)):
+            b = Builder()
+            x = b.input(1, 256, 1, scale=0.11, zero_point=-128)
+            y = b.input(1, 256, 256, name="y", scale=0.07, zero_point=5)
+            scale = 0.11 * 0.07 / unit
+            scale = settled_scale(0.11, 0.07, scale) if settled else scale
+            made = b.op(ir.Multiply, x, y, shape=(1, 256, 256), scale=scale)
+            graphs.append((b.graph(made), made))
+        jobs = [(flatbuffer.write(graph), pairs) for graph, _ in graphs]
+        for (graph, made), there in zip(graphs, arm.run(jobs, tmp_path), strict=True):
+            wrong[settled] += np.count_nonzero(there[made] != reference.run(graph, pairs)[made])
+    assert wrong[True] == 0
+    assert wrong[False] > 1000
+
+
+def _units(count):
+    return np.random.default_rng(0).uniform(2.0**-10, 0.1, count).tolist()
 
 
 def test_the_logistic_of_every_code_is_that_of_the_reference(tmp_path):

@@ -17,8 +17,8 @@ SEEDS = range(2 if keras.backend.backend() == "jax" else 6)
 MANY = 60
 
 
-# Blocks with a ReLU of their own, and zeros put in front of a sign.
-LEFT_OUT = ("norm_first", "shared", "padding", "padded_conv")
+# Blocks with a ReLU or a gate of their own, and zeros put in front of a sign.
+LEFT_OUT = ("norm_first", "shared", "padding", "padded_conv", "excited", "gated", "multiplied")
 
 
 class WithoutReLU(Maker):

@@ -265,6 +265,19 @@ def test_the_logistic_of_every_code_equals_the_reference(scale, zero_point):
     assert_all_equal(*outputs(graph, np.arange(-128, 128, dtype=np.int8)[None]))
 
 
+@pytest.mark.parametrize("unit", [2.0**-8, 0.0041, 0.5, 3.0])
+def test_the_product_of_any_two_codes_equals_the_reference(unit):
+    """In every row the first code with each of the 256, halves among the results."""
+    graph = one_op(
+        ir.Multiply(("a", "b"), "y"),
+        ir.Tensor("a", (1, 256, 1), scale=0.5, zero_point=-128),
+        ir.Tensor("b", (1, 256, 256), scale=0.25, zero_point=5),
+        ir.Tensor("y", (1, 256, 256), scale=0.125 / unit, zero_point=-9),
+    )
+    pairs = SIGNED[None, :, None], np.tile(SIGNED, (1, 256, 1))
+    assert_all_equal(*outputs(graph, *pairs))
+
+
 def test_softmax_equals_the_reference_where_another_order_of_sums_does_not():
     x = np.random.default_rng(8).integers(-128, 128, (40000, 24)).astype(np.int8)
     wanted, eager, compiled = outputs(softmax_graph(24, 0.015), x)

@@ -68,6 +68,7 @@ def residual_net(seed):
     net.product(depthwise, "dw", "stem", (7, 6, 16), (3, 3, 8, 2), 2, padding="SAME", **relu6)
     net.product(conv, "linear", "dw", (7, 6, 8), (1, 1, 16, 8), 4, scale=0.03, zero_point=9)
     net.add(ir.Add, "sum", ("stem", "linear"), (7, 6, 8), 0.07, -20)
+    net.add(ir.Multiply, "product", ("sum", "stem"), (7, 6, 8), 0.2, 7, activation="relu")
     net.add(ir.Requantize, "low", "sum", (7, 6, 8), 1 / 7, 3, activation="relu_n1_to_1")
     net.same_grid(ir.Pad, "padded", "low", (9, 7, 8), paddings=((0, 0), (1, 1), (0, 1), (0, 0)))
     net.product(conv, "grouped", "padded", (4, 3, 8), (3, 3, 2, 8), 4, strides=(2, 2), scale=0.05)
@@ -88,13 +89,14 @@ def residual_net(seed):
         ir.MaxPool2D, "skipped", "grouped", (2, 2, 8), pool=(1, 1), strides=(2, 2), padding="SAME"
     )
     net.same_grid(ir.Concatenate, "both", ("pooled", "skipped"), (2, 2, 16), axis=3)
+    net.same_grid(ir.ResizeNearest, "larger", "both", (4, 6, 16), factors=(2, 3))
     net.same_grid(ir.AveragePool2D, "mean", "both", (1, 1, 16))
     net.same_grid(ir.Reshape, "flat", "mean", (16,))
     net.product(ir.FullyConnected, "logits", "flat", (10,), (16, 10), zero_point=3, scale=0.02)
     net.add(ir.Softmax, "p", "logits", (10,), 1 / 256, -128)
     net.add(ir.Dequantize, "reals", "p", (10,), None, dtype="float32")
     net.add(ir.Logistic, "shares", "logits", (10,), 1 / 256, -128)
-    return net.graph("reals", "low", "shares")
+    return net.graph("reals", "low", "shares", "product", "larger")
 
 
 def uneven_net(seed):

@@ -229,6 +229,37 @@ def test_softmax_counts_in_256ths():
     assert y.tolist() == [[127, -128]]
 
 
+def test_products_of_two_tensors_round_half_to_even():
+    # Unit 0.5 * 0.25 / 0.25 = 1/2 of (a - 1)(b + 2): 3 * 1, 3 * 5, -3 * 3 and 2 * 4 halves.
+    grids = {"a": (0.5, 1), "b": (0.25, -2), "y": (0.25, 10)}
+    tensors = {name: ir.Tensor(name, (1, 4), "int8", *grid) for name, grid in grids.items()}
+    for activation, codes in (("none", [12, 18, 6, 14]), ("relu", [12, 18, 10, 14])):
+        op = ir.Multiply(("a", "b"), "y", activation=activation)
+        graph = ir.Graph(tensors, (op,), ("a", "b"), ("y",))
+        fed = {"a": np.int8([[4, 4, -2, 3]]), "b": np.int8([[-1, 3, 1, 2]])}
+        assert reference.run(graph, fed)["y"].tolist() == [codes]
+
+
+def test_nearest_neighbours_are_repeated():
+    grid = (0.5, 3, "int8")
+    x = [[[[1], [2]], [[3], [4]]]]
+    y = compute(ir.ResizeNearest, x, (4, 6, 1), grid=grid, out_grid=grid, factors=(2, 3))
+    rows = [[1, 1, 1, 2, 2, 2], [3, 3, 3, 4, 4, 4]]
+    assert y[0, :, :, 0].tolist() == [rows[0], rows[0], rows[1], rows[1]]
+
+
+def test_products_repeat_axes_of_one():
+    tensors = {
+        "a": ir.Tensor("a", (1, 2, 2, 2), "int8", 1.0, 0),
+        "b": ir.Tensor("b", (1, 1, 1, 2), "int8", 1.0, 0),
+        "y": ir.Tensor("y", (1, 2, 2, 2), "int8", 1.0, 0),
+    }
+    graph = ir.Graph(tensors, (ir.Multiply(("a", "b"), "y"),), ("a", "b"), ("y",))
+    a = np.arange(8, dtype=np.int8).reshape(1, 2, 2, 2)
+    y = reference.run(graph, {"a": a, "b": np.int8([[[[2, -3]]]])})["y"]
+    np.testing.assert_array_equal(y, a * [2, -3])
+
+
 def test_the_logistic_counts_in_256ths():
     # scale log(3): x = 0, log 3, -log 3 -> 1/2, 3/4, 1/4 -> 128, 192, 64, less 128
     grid, out_grid = (float(np.log(3)), 7, "int8"), (1 / 256, -128, "int8")

@@ -5,7 +5,8 @@ import pytest
 
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer import signs
-from keras_lowbit.integer.emit import Emitter, Linear, NotExportable, OnGrid
+from keras_lowbit.integer.emit import Emitter
+from keras_lowbit.integer.values import Linear, NotExportable, OnGrid
 from keras_lowbit.numerics.grid import Grid
 
 pytestmark = pytest.mark.once

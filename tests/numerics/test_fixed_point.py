@@ -5,11 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keras_lowbit.numerics import fixed_point
 from keras_lowbit.numerics.fixed_point import (
     activation_bounds,
     add_parameters,
     logistic_codes,
     product_multiplier,
+    settled_scale,
     softmax_powers,
 )
 
@@ -111,6 +113,34 @@ def test_the_logistic_counts_in_256ths():
     # A share of nearly 1 would be code 128, which int8 does not have.
     assert codes[[0, 255]].tolist() == [-128, 127]
     assert (np.diff(codes) >= 0).all()
+
+
+def test_a_scale_with_ties_moves_until_processors_agree():
+    """128 / 256 = 1/2: half to even is 0, half up is 1. 1 / 255 has no ties, for 255 is odd."""
+    assert product_multiplier(1.0, 1.0, 256.0) == 1 / 256
+    settled = settled_scale(1.0, 1.0, 256.0)
+    assert 0 < abs(settled / 256 - 1) < 1e-6
+    m = float(product_multiplier(1.0, 1.0, settled))
+    products = np.arange(-65025, 65026)
+    on_x86 = np.rint(products.astype(np.float32) * np.float32(m))
+    on_arm = np.floor(products * m + 0.5)
+    np.testing.assert_array_equal(on_x86, on_arm)
+    scale = float(np.float32(255.0))
+    assert settled_scale(1.0, 1.0, scale) == scale
+
+
+def test_scales_of_all_sizes_settle():
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        a, b = np.exp(random.uniform(-8, 0, 2))
+        scale = a * b / 2.0 ** random.uniform(-15.9, 7.9)
+        assert abs(settled_scale(a, b, scale) / scale - 1) < 1e-6
+
+
+def test_a_scale_that_does_not_settle_is_refused(monkeypatch):
+    monkeypatch.setattr(fixed_point, "_SETTLING_STEPS", 0)
+    with pytest.raises(ValueError, match="No scale near 256 settles"):
+        settled_scale(1.0, 1.0, 256.0)
 
 
 def test_softmax_powers_fall_from_one():

@@ -28,7 +28,8 @@ def assert_exact(graph, images, *, kernels=runtime.XNNPACK, codes=10):
     assert set(sets) == {op.output for op in graph}
     if kernels:
         assert set(sets.values()) == {kernels}
-    values = reference.run(graph, {graph.inputs[0]: images})
+    inputs = images if isinstance(images, dict) else {graph.inputs[0]: images}
+    values = reference.run(graph, inputs)
     assert all(len(np.unique(values[name])) >= codes for name in graph.outputs)
 
 
@@ -240,6 +241,20 @@ def test_the_logistic_of_every_code_matches_code_for_code(scale, zero_point):
     y = b.op(ir.Logistic, x, shape=(1, 256), scale=1 / 256, zero_point=-128)
     every = np.arange(-128, 128, dtype=np.int8)[None]
     assert_exact(b.graph(y), every, codes=2)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("unit", [2.0**-15, 0.0013, 1 / 255, 0.031, 0.5, 1.0, 7.3, 250.0])
+def test_the_product_of_any_two_codes_matches_code_for_code(unit, activation):
+    """All 65,536 pairs; a row of each first code, repeated along the second axis."""
+    b = Builder()
+    x = b.input(1, 256, 1, scale=0.11, zero_point=-128)
+    y = b.input(1, 256, 256, name="y", scale=0.07, zero_point=5)
+    scale = 0.11 * 0.07 / unit
+    made = b.op(ir.Multiply, x, y, shape=(1, 256, 256), scale=scale, activation=activation)
+    every = np.arange(-128, 128, dtype=np.int8)
+    pairs = {x: every[None, :, None], y: np.tile(every, (1, 256, 1))}
+    assert_exact(b.graph(made), pairs, codes=2)
 
 
 @pytest.mark.parametrize(("scale", "zero_point"), [(0.1, 3), (1 / 127.5, -128), (0.0471, 0)])

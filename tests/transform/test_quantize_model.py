@@ -44,7 +44,7 @@ def assert_close(model, scheme=FLAT8, data=None, atol=0.02, **kwargs):
     return quantized
 
 
-def assert_same_integers(quantized, reals, pixels=None):
+def assert_same_integers(quantized, reals, pixels=None, codes=1):
     """The integer graph's output, for reals or for the uint8 pixels that they come from."""
     graph = integer_graph(quantized, input_type="float32" if pixels is None else "uint8")
     fed = reals if pixels is None else pixels.astype("uint8")
@@ -52,7 +52,7 @@ def assert_same_integers(quantized, reals, pixels=None):
     expected = quantized.predict(reals, verbose=0)
     step = graph.tensors[graph.ops[-1].inputs[0]].scale
     # One code: float32 sums of the training graph fall on either side of a rounding tie.
-    assert np.abs(made - expected).max() <= 1.01 * step
+    assert np.abs(made - expected).max() <= (codes + 0.01) * step
 
 
 def small(inputs):
@@ -185,8 +185,7 @@ def test_adding_a_number_is_not_lost():
     x = K.Dense(3, name="d")(inputs)
     model = keras.Model(inputs, K.Dense(2, name="e")(ops.add(x, 2.5)))
     quantized = assert_close(model, data=images(shape=(4,)))
-    with pytest.raises(ValueError, match="constants cannot be added"):
-        integer_graph(quantized)
+    assert_same_integers(quantized, images(shape=(4,)))
 
 
 @pytest.mark.parametrize("count", [3, 4])
@@ -253,17 +252,6 @@ def test_the_file_of_a_model_that_says_yes_or_no_is_exact(output_type):
     result = tflite_export.convert(quantized, output_type=output_type, verify=images())
     assert result.mismatches == 0
     assert "logistic" in str(result)
-
-
-def test_a_sigmoid_inside_a_model_is_no_end():
-    inputs = keras.Input(SHAPE)
-    x = K.Conv2D(4, 3, name="stem")(inputs)
-    x = K.Activation("sigmoid", name="gate")(x)
-    model = keras.Model(inputs, K.Dense(2, name="head")(K.GlobalAveragePooling2D()(x)))
-    quantized = assert_close(model)
-    assert "stem_quantize" not in grids(quantized)
-    with pytest.raises(NotExportable, match="gate: its input has no grid"):
-        integer_graph(quantized)
 
 
 def test_none_leaves_a_layer_float_and_readers_see_reals():
@@ -378,11 +366,14 @@ def test_rescaling_by_channel_is_refused_with_the_way_out():
         quantize_model(keras.Model(inputs, K.Conv2D(2, 1)(x)), "w8a8")
 
 
-def test_two_rescalings_are_refused():
+def test_two_rescalings_are_one():
+    """2 x / 255 - 2 in 2 / 255ths: codes -255..0."""
     inputs = keras.Input(SHAPE)
-    x = K.Rescaling(2.0, name="r2")(K.Rescaling(1 / 255)(inputs))
-    with pytest.raises(ValueError, match="r2: only one Rescaling"):
-        quantize_model(keras.Model(inputs, K.Conv2D(2, 1)(x)), "w8a8")
+    x = K.Rescaling(2.0, offset=-2.0, name="r2")(K.Rescaling(1 / 255)(inputs))
+    quantized = quantize_model(keras.Model(inputs, K.Conv2D(2, 1)(x)), "w8a8")
+    quantizer = quantized.get_layer("r2_quantize").quantizer
+    assert quantizer.static_bounds() == (-255, 0)
+    np.testing.assert_allclose(numpy(quantizer.scale), 2 / 255, rtol=1e-6)
 
 
 def test_without_a_known_range_the_images_decide():

@@ -7,8 +7,10 @@ from keras import ops
 
 import keras_lowbit as klb
 import tflite_export
+from keras_lowbit import walk
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
+from keras_lowbit.integer.lower import Lowering
 from keras_lowbit.transform.snap_biases import snap_biases
 
 K = keras.layers
@@ -172,3 +174,36 @@ def test_weights_on_the_border_between_codes_leave_it():
     np.testing.assert_allclose(moved[~near], ratio[~near], atol=3e-5)
     beside = moved - ops.convert_to_numpy(after)
     assert np.all(np.abs(np.abs(beside) - 0.5) > 5e-5)
+
+
+CONSTANTS = {
+    "own hard sigmoid": lambda x: x,
+    "hard sigmoid": lambda x: K.Activation("hard_sigmoid")(x),
+    "constants": lambda x: 2.0 - (x + 1.5) / 3.0,
+    "factor behind a clip": lambda x: K.ReLU(6.0)(x + 3.0) * (1.0 / 6.0),
+    "norm": lambda x: K.BatchNormalization()(x * 0.3) * np.linspace(-1, 2, 8).astype("float32"),
+    "norm without a shift": lambda x: K.BatchNormalization(center=False)(x * 0.3) + 0.2,
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_behind_a_product_count(name, images):
+    """Every bias that is added in all is then a whole number of units of the file."""
+    inputs = keras.Input((9, 9, 3))
+    x = K.Conv2D(8, 3, name="stem")(K.Rescaling(1 / 255)(inputs))
+    own = "hard_sigmoid" if name.startswith("own") else None
+    x = CONSTANTS[name](K.Conv2D(8, 1, name="gate", activation=own)(x))
+    model = keras.Model(inputs, K.Dense(4, name="head")(K.GlobalAveragePooling2D()(x)))
+    model = nudged(klb.calibrate(klb.quantize_model(model, "w8a8"), images))
+    assert largest_shift(model) > 0.2
+    snap_biases(model)
+    # Variables are float32.
+    assert largest_shift(model) < 1e-2
+
+
+def largest_shift(model):
+    """How far biases are from whole numbers of units, in units."""
+    lowering = Lowering(walk.flatten(model), 1, "int8")
+    lowering.run()
+    found = [b for biases in lowering.emitter.biases.values() for b in biases]
+    return max(np.abs((b.reals / b.unit) - b.codes).max() for b in found)

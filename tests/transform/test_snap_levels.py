@@ -8,7 +8,7 @@ from keras import ops
 from keras_lowbit.analysis import integer_weights
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
-from keras_lowbit.integer.emit import NotExportable
+from keras_lowbit.integer.values import NotExportable
 from keras_lowbit.packed import load_packed, save_packed
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform import calibrate, freeze, quantize_model, snap_levels

@@ -94,10 +94,9 @@ def mnasnet_a1(
 ) -> keras.Model:
     """MnasNet-A1, with squeeze-and-excite: 3,887,038 parameters at 1,000 classes and `alpha=1`.
 
-    The multiply of squeeze-and-excite rounds differently on x86 and on Arm in the runtime's
-    kernels, so it has no exact integer form: the net can be trained, also after `quantize_model`
-    (sigmoids and multiplies stay float, and `summary` lists them), but `tflite_export.check` and
-    `convert` refuse it by these layers' names. Take `mnasnet_b1` for export.
+    The runtime's kernels round the multiply of squeeze-and-excite in two ways, on x86 and on Arm;
+    exported files have scales on which both give the same codes
+    (`numerics.fixed_point.settled_scale`).
 
     Arguments as for `mnasnet_b1`; the squeezed width is a quarter of the block's input.
 

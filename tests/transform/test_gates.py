@@ -1,0 +1,223 @@
+"""Products of two tensors, gates, clips at any limit and constants become integers."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import tflite_export
+from keras_lowbit import NotExportable, calibrate, quantize_model, quantizers
+from keras_lowbit.integer.build import integer_graph
+from keras_lowbit.layers import Quantize
+from tests.gradients import gradient
+from tests.transform.test_quantize_model import assert_close, assert_same_integers, grids
+
+K = keras.layers
+SHAPE = (6, 5, 3)
+
+
+def images(count=16):
+    return np.random.default_rng(0).uniform(0, 1, (count, *SHAPE)).astype("float32")
+
+
+def between(block, **first):
+    """A model with `block` between a convolution and a dense layer."""
+    inputs = keras.Input(SHAPE, name="image")
+    x = block(K.Conv2D(4, 3, name="stem", **first)(inputs))
+    if len(x.shape) == 4:
+        x = K.GlobalAveragePooling2D(name="pool")(x)
+    return keras.Model(inputs, K.Dense(2, name="head")(x))
+
+
+def kinds(quantized):
+    """Operations of the integer graph, borders left out."""
+    return [op.kind for op in integer_graph(quantized).ops][1:-1]
+
+
+def squeezed(gate):
+    """Squeeze-and-excite."""
+
+    def block(x):
+        y = K.GlobalAveragePooling2D(keepdims=True, name="squeeze")(x)
+        y = K.Conv2D(2, 1, activation="relu", name="reduce")(y)
+        y = K.Conv2D(4, 1, activation=gate, name="expand")(y)
+        return K.Multiply(name="excite")([x, y])
+
+    return block
+
+
+def by_hand(x):
+    """`hard_sigmoid` as Keras' own MobileNetV3 writes it."""
+    return K.ReLU(6.0)(x + 3.0) * (1.0 / 6.0)
+
+
+BLOCKS = {
+    "squeezed by a sigmoid": squeezed("sigmoid"),
+    "squeezed by a hard sigmoid": squeezed("hard_sigmoid"),
+    "silu": K.Activation("silu"),
+    "ops.silu": ops.silu,
+    "hard_silu": K.Activation("hard_silu"),
+    "ops.hard_silu": ops.hard_silu,
+    "sigmoid": K.Activation("sigmoid"),
+    "softmax": K.Softmax(),
+    "hard_sigmoid": K.Activation("hard_sigmoid"),
+    "ops.hard_sigmoid": ops.hard_sigmoid,
+    "hard sigmoid by hand": by_hand,
+    "square": lambda x: ops.multiply(x, x),
+    "of three": lambda x: K.Multiply()([x, K.Activation("sigmoid")(x), K.ReLU()(x)]),
+    "limited": K.ReLU(0.4),
+    "constants": lambda x: 2.0 - (x + 1.5) / 2.0,
+    "a constant a channel": lambda x: x * np.float32([1, -2, 3, 0.5]) + np.float32([[0, 1, 2, 3]]),
+    "scaled behind a sum": lambda x: K.Add()([x, K.ReLU()(x)]) * 0.3,
+    "rescaled": K.Rescaling(0.5, -1.0),
+    "larger": K.UpSampling2D((2, 3)),
+    "gated sum": lambda x: K.Activation("silu")(K.Add()([x, K.ReLU()(x)])),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_8_bit_model_is_near_and_its_integers_are_those_of_the_file(name):
+    quantized = assert_close(between(BLOCKS[name]), data=images())
+    # A sum in front is rounded once more, half up where training rounds half to even.
+    assert_same_integers(quantized, images(), codes=2 if "sum" in name else 1)
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_no_code_of_the_file_differs(name, scheme):
+    model = between(BLOCKS[name])
+    assert tflite_export.check(model) == []
+    result = tflite_export.convert(
+        calibrate(quantize_model(model, scheme), images()), verify=images()
+    )
+    assert result.mismatches == 0
+    elsewhere = ("softmax", "resize_nearest")  # exact in built-in kernels
+    kernels = {row["kernels"] for row in result.report["ops"] if row["op"] not in elsewhere}
+    assert kernels == {"XNNPACK"}
+
+
+@pytest.mark.parametrize("name", ["silu", "hard_silu", "sigmoid", "hard_sigmoid"])
+def test_a_layer_s_own_activation_is_that_behind_it(name):
+    own = calibrate(quantize_model(between(lambda x: x, activation=name), "w8a8"), images())
+    behind = calibrate(quantize_model(between(K.Activation(name)), "w8a8"), images())
+    behind.set_weights(own.get_weights())
+    want = own.predict(images(), verbose=0)
+    np.testing.assert_array_equal(behind.predict(images(), verbose=0), want)
+    assert kinds(own) == kinds(behind)
+
+
+def test_a_gate_lies_on_the_grid_of_its_range():
+    """sigmoid in 256ths, as the runtime's table; hard_sigmoid in 255ths, so that 1.0 is a code."""
+    for name, scale in (("silu", 1 / 256), ("hard_silu", 1 / 255)):
+        quantized = calibrate(quantize_model(between(K.Activation(name)), "w4a4"), images())
+        gates = [x for x in quantized.layers if x.name.endswith("_gate_quantize")]
+        (gate,) = gates
+        grid = gate.quantizer.grid()
+        assert isinstance(gate.quantizer, quantizers.Affine)
+        assert (grid.lo, grid.hi) == (0, 255)
+        np.testing.assert_allclose(float(grid.scale), scale, rtol=1e-7)  # float32
+
+
+def test_a_hard_sigmoid_behind_a_product_costs_no_operation():
+    model = between(K.Activation("hard_sigmoid"))
+    quantized = calibrate(quantize_model(model, "w8a8"), images())
+    assert kinds(quantized) == ["conv_2d", "depthwise_conv_2d", "reshape", "fully_connected"]
+
+
+def test_a_positive_factor_melts_into_the_product_before_the_clip():
+    quantized = calibrate(quantize_model(between(by_hand), "w8a8"), images())
+    assert kinds(quantized) == ["conv_2d", "depthwise_conv_2d", "reshape", "fully_connected"]
+    # 0.5 at 0 and 1 at 3: the grid ends where the clip does.
+    limits = [
+        getattr(x.quantizer, "max_value", None) for x in quantized.layers if hasattr(x, "quantizer")
+    ]
+    assert [limit for limit in limits if limit is not None] == [
+        pytest.approx(1.0)
+    ] * 2  # and the pool
+
+
+def test_a_limit_is_learned_below_and_clips_where_it_says():
+    quantized = calibrate(quantize_model(between(K.ReLU(0.4, name="clip")), "w4a4"), images())
+    quantizer = quantized.get_layer("clip_quantize").quantizer
+    assert quantizer.max_value == pytest.approx(0.4)
+    top = quantizer.grid()
+    assert float(top.scale) * top.hi <= 0.4 + 1e-6  # float32
+
+
+def test_codes_of_a_sigmoid_are_read_at_fewer_bits_from_8():
+    quantized = quantize_model(between(lambda x: K.Conv2D(2, 1, name="c")(ops.sigmoid(x))), "w4a4")
+    made = grids(quantized)
+    (own,) = (name for name in made if "sigmoid" in name and made[name] == 8)
+    assert isinstance(quantized.get_layer(own).quantizer, quantizers.Affine)
+    assert sum(bits == 4 for bits in made.values()) == 1
+
+
+@pytest.mark.parametrize("name", ["silu", "hard_silu"])
+def test_gates_pass_gradients_to_both_factors(name):
+    """d(x g(x)) / dx of a unit kernel, against differences of the float activation."""
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, K.Dense(3, activation=name, name="d")(inputs))
+    data = np.float32([[-1.5, 0.25, 2.0], [-4.0, 4.0, 1.0]])
+    model.get_layer("d").kernel.assign(np.eye(3))
+    quantized = calibrate(quantize_model(model, "w8a8"), data, method="minmax")
+    (got,) = gradient(lambda x: ops.sum(quantized(x)), data)
+    gate = keras.activations.get(name)
+    high, low = (ops.convert_to_numpy(gate(data + e)) for e in (1e-3, -1e-3))
+    # Codes of the input and of the gate are up to 4 / 254 and 1 / 510 off their reals.
+    np.testing.assert_allclose(got, (high - low) / 2e-3, atol=0.03)
+
+
+def test_what_cannot_be_multiplied_says_so():
+    def flat(x):
+        y = K.Dense(4, name="gate")(K.GlobalAveragePooling2D()(x))
+        return K.Multiply(name="excite")([x, y])
+
+    with pytest.raises(ValueError, match=r"excite|broadcast|rank|shape"):
+        integer_graph(calibrate(quantize_model(between(flat), "w8a8"), images()))
+
+
+def test_what_is_upsampled_between_pixels_is_refused():
+    model = between(K.UpSampling2D(interpolation="bilinear", name="larger"))
+    (objection,) = tflite_export.check(model)
+    assert "larger: only interpolation='nearest'" in objection
+
+
+def test_constants_that_differ_by_pixel_are_refused_by_name():
+    mask = np.ones((4, 3, 4), "float32")
+    model = between(lambda x: ops.multiply(x, mask))
+    (objection,) = tflite_export.check(model)
+    assert "Multiply" in objection
+    with pytest.raises(NotExportable, match="Multiply"):
+        integer_graph(calibrate(quantize_model(model, "w8a8"), images()))
+
+
+def test_pixels_rescaled_step_by_step_keep_a_code_each():
+    """`x / 127.5 - 1`, as `preprocess_input` writes it, is one Rescaling."""
+    inputs = keras.Input(SHAPE, name="image")
+    x = K.Conv2D(4, 3, name="stem")(inputs / 127.5 - 1.0)
+    model = keras.Model(inputs, K.Dense(2, name="head")(K.GlobalAveragePooling2D()(x)))
+    pixels = np.random.default_rng(0).integers(0, 256, (8, *SHAPE)).astype("float32")
+    quantized = calibrate(quantize_model(model, "w8a8"), pixels)
+    quantizer = next(x for x in quantized.layers if isinstance(x, Quantize)).quantizer
+    grid = quantizer.grid()
+    np.testing.assert_allclose(float(grid.scale), 1 / 127.5, rtol=1e-6)
+    assert (grid.lo, grid.hi) == (-128, 127)
+    # -1.0 / (1 / 127.5) = -127.5, half a code beside -128.
+    np.testing.assert_allclose(quantizer.offset, -1 + 128 / 127.5, rtol=1e-6)
+    assert_same_integers(quantized, pixels, pixels)
+
+
+def test_padding_between_two_rescalings_is_refused():
+    inputs = keras.Input(SHAPE)
+    x = K.ZeroPadding2D(1)(K.Rescaling(1 / 255)(inputs))
+    x = K.Conv2D(2, 1)(K.Rescaling(2.0, -1.0, name="second")(x))
+    with pytest.raises(ValueError, match="second: the zeros that are put around"):
+        quantize_model(keras.Model(inputs, x), "w8a8")
+
+
+def test_an_input_is_not_turned_around():
+    inputs = keras.Input(SHAPE)
+    model = keras.Model(inputs, K.Conv2D(2, 1)(K.Rescaling(-1.0, name="negative")(inputs)))
+    with pytest.raises(ValueError, match="negative: an input must be rescaled by a positive"):
+        quantize_model(model, "w8a8")
