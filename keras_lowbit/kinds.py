@@ -28,6 +28,7 @@ _LAYERS = {
     K.Multiply: "multiply",
     K.Concatenate: "concatenate",
     K.ReLU: "activation",
+    K.LeakyReLU: "activation",
     K.Activation: "activation",
     K.Softmax: "activation",
     K.MaxPooling2D: "max_pool",
@@ -71,6 +72,7 @@ _OPERATIONS = {
     "HardSigmoid": "activation",
     "Silu": "activation",
     "HardSilu": "activation",
+    "LeakyRelu": "activation",
     "MaxPool": "max_pool",
     "AveragePool": "average_pool",
     "Mean": "global_average_pool",
@@ -94,6 +96,8 @@ _ARITHMETIC = {
 FIXED_SCALES = {"softmax": 1 / 256, "sigmoid": 1 / 256, "hard_sigmoid": 1 / 255}
 # Activations that multiply their input by another one of it.
 GATES = {"silu": "sigmoid", "hard_silu": "hard_sigmoid"}
+# Activations that become two tensors of 8 bits, multiplied or added.
+OF_TWO_TENSORS = (*GATES, "leaky_relu")
 # Activations with an integer form that clips the codes of what stands before them.
 CLIPS = ("linear", "relu", "relu6", "relu_limited", "hard_sigmoid")
 
@@ -156,14 +160,17 @@ def _constant(value):
 def activation_name(operation) -> str:
     """`"linear"`, `"relu"`, `"relu6"`, `"softmax"` or the name of another activation.
 
-    A ReLU with a limit other than 6 is `"relu_limited"`, one with a slope or a threshold
-    `"relu_variant"`.
+    A ReLU with a limit other than 6 is `"relu_limited"`, one with a slope of at most 1
+    `"leaky_relu"`, and one with a threshold, or with slope and limit, `"relu_variant"`. Of a layer
+    with an activation it is the name of that.
     """
     kind = type(operation).__name__
-    if isinstance(operation, K.ReLU):
-        if float(operation.negative_slope or 0) or float(operation.threshold or 0):
+    if isinstance(operation, (K.ReLU, K.LeakyReLU)) or kind == "LeakyRelu":
+        slope, limit = float(operation.negative_slope or 0), getattr(operation, "max_value", None)
+        if getattr(operation, "threshold", 0) or (slope and limit is not None) or slope > 1:
             return "relu_variant"
-        limit = operation.max_value
+        if slope:
+            return "leaky_relu"
         return {None: "relu", 6.0: "relu6"}.get(limit, "relu_limited" if limit else "relu_variant")
     if isinstance(operation, K.Softmax):
         return "softmax" if operation.axis in (-1, (-1,)) else "softmax_variant"
@@ -172,6 +179,8 @@ def activation_name(operation) -> str:
     function = getattr(operation, "activation", None)
     if function is None:
         return "linear"
+    if isinstance(function, K.Layer):
+        return activation_name(function)
     return getattr(function, "__name__", type(function).__name__)
 
 
@@ -179,5 +188,16 @@ def limit_of(operation) -> float | None:
     """The largest value that an activation lets pass, `inf` for none; `None`: it is no clip."""
     name = activation_name(operation)
     if name == "relu_limited":
-        return float(operation.max_value)
+        return float(_own_activation(operation).max_value)
     return {"relu": math.inf, "relu6": 6.0, "hard_sigmoid": 1.0}.get(name)
+
+
+def slope_of(operation) -> float:
+    """The factor of negative values of a `"leaky_relu"`."""
+    # The function of `keras.activations` has no attributes, and this default.
+    return float(getattr(_own_activation(operation), "negative_slope", 0.2))
+
+
+def _own_activation(operation):
+    """A layer's activation where it has one, else the operation itself."""
+    return getattr(operation, "activation", None) or operation

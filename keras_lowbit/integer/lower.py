@@ -298,7 +298,7 @@ def _activated(value, call):
         )
     raise NotExportable(
         f"{call.name}: activation {name!r} has no exact integer form. "
-        "Use relu, relu6, hard_sigmoid, sigmoid, silu, hard_silu, softmax or linear"
+        "Use relu, relu6, leaky_relu, hard_sigmoid, sigmoid, silu, hard_silu, softmax or linear"
     )
 
 

@@ -16,7 +16,7 @@ from keras_lowbit import walk
 from keras_lowbit.kinds import (
     CLIPS,
     FIXED_SCALES,
-    GATES,
+    OF_TWO_TENSORS,
     TRANSPARENT,
     activation_name,
     kind_of,
@@ -64,8 +64,8 @@ class Plan:
         return self._activation_of(self.producers.get(ref.index)) in _TABLES
 
     def _makes_codes(self, ref):
-        """Whether an activation gives a tensor 8-bit codes: by a table, or as a product."""
-        return self._activation_of(self.producers.get(ref.index)) in (*_TABLES, *GATES)
+        """Whether an activation gives a tensor 8-bit codes: by a table, or of two tensors."""
+        return self._activation_of(self.producers.get(ref.index)) in (*_TABLES, *OF_TWO_TENSORS)
 
     @staticmethod
     def _activation_of(call):
@@ -87,7 +87,7 @@ class Plan:
             return "stream"
         if self.reads_logits(call):
             return STREAM_BITS
-        if self.is_gated(call):
+        if self.takes_two_tensors(call):
             return "stream"
         if kind in _MELTING or self._is_clip(call, "hard_sigmoid"):
             return "pass" if self._melts(call, ref) else "stream"
@@ -99,9 +99,9 @@ class Plan:
         return kind_of(call) == "activation" and activation_name(call.operation) in _TABLES
 
     @staticmethod
-    def is_gated(call):
-        """Whether a call multiplies its input by another activation of it."""
-        return kind_of(call) == "activation" and activation_name(call.operation) in GATES
+    def takes_two_tensors(call):
+        """Whether a call is an activation that becomes two tensors, multiplied or added."""
+        return kind_of(call) == "activation" and activation_name(call.operation) in OF_TWO_TENSORS
 
     @staticmethod
     def _is_clip(call, *names):

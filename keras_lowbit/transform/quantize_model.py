@@ -18,10 +18,12 @@ from keras_lowbit.kinds import (
     CLIPS,
     FIXED_SCALES,
     GATES,
+    OF_TWO_TENSORS,
     TRANSPARENT,
     activation_name,
     kind_of,
     scaling_of,
+    slope_of,
 )
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
@@ -134,9 +136,9 @@ class _Builder:
             source = self.entries[call.inputs[0].index]
             codes = self._clone(call, {call.inputs[0].index: source.pair[0]})
             entry = _Entry(pair=(codes, source.pair[1]), bits=source.bits)
-        elif self.plan.is_gated(call):
+        elif self.plan.takes_two_tensors(call):
             values = self._values(call.inputs[0])
-            entry = _Entry(values=self._gated(call.operation, values, call.name))
+            entry = _Entry(values=self._of_two_tensors(call.operation, values, call.name))
         elif self.plan.reads_logits(call):
             read = {r.index: self._logits(r) for r in call.inputs}
             entry = _Entry(values=self._clone(call, read))
@@ -187,9 +189,27 @@ class _Builder:
                 total = self._dequantized(step(total), f"{call.name}_{i}")
         return total
 
-    def _gated(self, operation, values, name):
-        """`x * gate(x)` of values on a grid; the gate has the grid that its range gives."""
-        kind = GATES[activation_name(operation)]
+    def _of_two_tensors(self, operation, values, name):
+        """An activation of values on a grid: `x * gate(x)`, or a sum of two parts of `x`."""
+        kind = activation_name(operation)
+        if kind == "leaky_relu":
+            return self._leaky(slope_of(operation), values, name)
+        return self._gated(GATES[kind], values, name)
+
+    def _leaky(self, slope, values, name):
+        """`slope * x + (1 - slope) * relu(x)`."""
+        part = keras.layers.ReLU(name=self._name(f"{name}_part"))(values)
+        parts = []
+        for suffix, factor, tensor in (("slope", slope, values), ("rest", 1.0 - slope, part)):
+            scaled = keras.layers.Rescaling(factor, name=self._name(f"{name}_{suffix}"))(tensor)
+            signed = suffix == "slope"
+            quantizer = quantizers.get("lsq", bits=STREAM_BITS, signed=signed, role="activation")
+            pair = layers.Quantize(quantizer, name=self._name(f"{name}_{suffix}_quantize"))(scaled)
+            parts.append(self._dequantized(pair, f"{name}_{suffix}"))
+        return keras.layers.Add(name=self._name(f"{name}_sum"))(parts)
+
+    def _gated(self, kind, values, name):
+        """`x * gate(x)`; the gate has the grid that its range gives."""
         gate = keras.layers.Activation(kind, name=self._name(f"{name}_gate"))(values)
         quantizer = quantizers.Affine(STREAM_BITS, scale=FIXED_SCALES[kind])
         pair = layers.Quantize(quantizer, name=self._name(f"{name}_gate_quantize"))(gate)
@@ -368,8 +388,8 @@ class _Builder:
     def _activation_after(self, original, name):
         """What computes a product's activation from its logits."""
         kind = activation_name(original)
-        if kind in GATES:
-            return functools.partial(self._gated, original, name=f"{name}_{kind}")
+        if kind in OF_TWO_TENSORS:
+            return functools.partial(self._of_two_tensors, original, name=f"{name}_{kind}")
         return keras.layers.Activation(original.activation, name=self._name(f"{name}_{kind}"))
 
     def _kernel_quantizers(self, cls, widths):

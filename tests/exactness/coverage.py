@@ -24,7 +24,7 @@ FEATURES = (
     "dense on images",
     "fused relu", "fused relu6", "relu", "relu6", "ops.relu", "linear",
     "batch norm", "batch norm before a product",
-    "relu with a limit", "silu", "hard_silu", "sigmoid", "hard_sigmoid", "constant",
+    "relu with a limit", "leaky relu", "silu", "hard_silu", "sigmoid", "hard_sigmoid", "constant",
     "squeeze and excite", "multiply",
     "add", "ops.add", "add of three", "concatenate", "concatenate of rows",
     "upsampling", "max pool SAME", "max pool VALID", "max pool strides", "average pool SAME",

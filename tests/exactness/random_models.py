@@ -311,8 +311,10 @@ class Maker:
         return K.Multiply()([x, K.Conv2D(x.shape[-1], 1, activation=gate)(y)])
 
     def gated(self, x):
-        name = self.pick("silu", "hard_silu", "sigmoid", "hard_sigmoid")
+        name = self.pick("silu", "hard_silu", "sigmoid", "hard_sigmoid", "leaky relu")
         self.count(name)
+        if name == "leaky relu":
+            return K.LeakyReLU(self.pick(0.1, 0.3))(x)
         return K.Activation(name)(x if self.chance(0.5) else self.same_shape(x))
 
     def constant(self, x):

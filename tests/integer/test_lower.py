@@ -175,7 +175,7 @@ def test_a_strided_slice_is_a_product_of_ones_that_keeps_codes(readers):
         (lambda x: ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]], "reflect"), "only zero padding"),
         (lambda x: x[:, 1:, ::2], r"only x\[:, ::s, ::t, :\] is supported"),
         (lambda x: K.LayerNormalization(name="n")(x), "n .LayerNormalization. has no integer form"),
-        (lambda x: K.ReLU(negative_slope=0.1, name="r")(x), "r: activation 'relu_variant'"),
+        (lambda x: K.ReLU(threshold=0.1, name="r")(x), "r: activation 'relu_variant'"),
     ],
 )
 def test_what_has_no_integer_form_is_refused_by_name(layer, message):
