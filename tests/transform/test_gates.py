@@ -21,7 +21,8 @@ def images(count=16):
 
 
 def between(block, **first):
-    """A model with `block` between a convolution and a dense layer."""
+    """A model with `block` between a convolution and a dense layer, the same at each call."""
+    keras.utils.set_random_seed(0)
     inputs = keras.Input(SHAPE, name="image")
     x = block(K.Conv2D(4, 3, name="stem", **first)(inputs))
     if len(x.shape) == 4:
@@ -81,7 +82,9 @@ BLOCKS = {
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_8_bit_model_is_near_and_its_integers_are_those_of_the_file(name):
-    quantized = assert_close(between(BLOCKS[name]), data=images())
+    # The constant 3 makes three times the error of its channel.
+    atol = 0.06 if name == "a constant a channel" else 0.02
+    quantized = assert_close(between(BLOCKS[name]), data=images(), atol=atol)
     # A sum is rounded half up where training rounds half to even, and so are both parts of a leak.
     assert_same_integers(quantized, images(), codes=2 if "sum" in name or "leaky" in name else 1)
 
