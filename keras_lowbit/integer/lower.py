@@ -24,7 +24,13 @@ from keras_lowbit.integer.values import (
     Probabilities,
     with_relu,
 )
-from keras_lowbit.kinds import activation_name, kind_of, limit_of, scaling_of
+from keras_lowbit.kinds import (
+    OF_TWO_TENSORS,
+    activation_name,
+    kind_of,
+    limit_of,
+    scaling_of,
+)
 from keras_lowbit.numerics.grid import Grid
 from keras_lowbit.numerics.windows import same_padding
 
@@ -295,6 +301,11 @@ def _activated(value, call):
         raise NotExportable(
             f"{call.name}: a {name} inside a layer has no grid before it; give the layer "
             "activation=None, then Quantize, Dequantize and the activation, as quantize_model does"
+        )
+    if name in OF_TWO_TENSORS:
+        raise NotExportable(
+            f"{call.name}: {name} becomes two tensors with grids of their own, which "
+            "quantize_model puts there; in a model built by hand, write it as a product or a sum"
         )
     raise NotExportable(
         f"{call.name}: activation {name!r} has no exact integer form. "

@@ -8,7 +8,7 @@ from keras import ops
 import tflite_export
 from keras_lowbit import NotExportable, calibrate, quantize_model, quantizers
 from keras_lowbit.integer.build import integer_graph
-from keras_lowbit.layers import Quantize
+from keras_lowbit.layers import Quantize, QuantizedDense
 from tests.gradients import gradient
 from tests.transform.test_quantize_model import assert_close, assert_same_integers, grids
 
@@ -188,6 +188,15 @@ def test_what_cannot_be_multiplied_says_so():
 
     with pytest.raises(ValueError, match=r"excite|broadcast|rank|shape"):
         integer_graph(calibrate(quantize_model(between(flat), "w8a8"), images()))
+
+
+@pytest.mark.parametrize("name", ["silu", "leaky_relu"])
+def test_by_hand_they_are_refused_with_the_way_out(name):
+    inputs = keras.Input((3,))
+    x = QuantizedDense(2, activation=name, input_quantizer="lsq", output_quantizer="lsq", name="d")
+    model = calibrate(keras.Model(inputs, x(inputs)), images()[:, 0, 0])
+    with pytest.raises(NotExportable, match=f"d: {name} becomes two tensors"):
+        integer_graph(model)
 
 
 def test_what_is_upsampled_between_pixels_is_refused():
