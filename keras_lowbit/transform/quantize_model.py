@@ -180,10 +180,10 @@ class _Builder:
         """What the runtime adds or multiplies by twos; each partial result needs its own grid."""
         tensors = [self._values(r) for r in call.inputs]
         if len(tensors) == 2:
-            return layer(name=self._name(call.name))(tensors)
+            return self._exact(layer, call.name)(tensors)
         total = tensors[0]
         for i, other in enumerate(tensors[1:], 1):
-            total = layer(name=self._name(f"{call.name}_{i}"))([total, other])
+            total = self._exact(layer, f"{call.name}_{i}")([total, other])
             if i < len(tensors) - 1:
                 step = layers.Quantize(bits=STREAM_BITS, name=self._name(f"{call.name}_{i}_q"))
                 total = self._dequantized(step(total), f"{call.name}_{i}")
@@ -198,23 +198,23 @@ class _Builder:
 
     def _leaky(self, slope, values, name):
         """`slope * x + (1 - slope) * relu(x)`."""
-        part = keras.layers.ReLU(name=self._name(f"{name}_part"))(values)
+        part = self._exact(keras.layers.ReLU, f"{name}_part")(values)
         parts = []
         for suffix, factor, tensor in (("slope", slope, values), ("rest", 1.0 - slope, part)):
-            scaled = keras.layers.Rescaling(factor, name=self._name(f"{name}_{suffix}"))(tensor)
+            scaled = self._exact(keras.layers.Rescaling, f"{name}_{suffix}", factor)(tensor)
             signed = suffix == "slope"
             quantizer = quantizers.get("lsq", bits=STREAM_BITS, signed=signed, role="activation")
             pair = layers.Quantize(quantizer, name=self._name(f"{name}_{suffix}_quantize"))(scaled)
             parts.append(self._dequantized(pair, f"{name}_{suffix}"))
-        return keras.layers.Add(name=self._name(f"{name}_sum"))(parts)
+        return self._exact(keras.layers.Add, f"{name}_sum")(parts)
 
     def _gated(self, kind, values, name):
         """`x * gate(x)`; the gate has the grid that its range gives."""
-        gate = keras.layers.Activation(kind, name=self._name(f"{name}_gate"))(values)
+        gate = self._exact(keras.layers.Activation, f"{name}_gate", kind)(values)
         quantizer = quantizers.Affine(STREAM_BITS, scale=FIXED_SCALES[kind])
         pair = layers.Quantize(quantizer, name=self._name(f"{name}_gate_quantize"))(gate)
         gate = self._dequantized(pair, f"{name}_gate")
-        return keras.layers.Multiply(name=self._name(f"{name}_gated"))([values, gate])
+        return self._exact(keras.layers.Multiply, f"{name}_gated")([values, gate])
 
     # --- reading tensors ----------------------------------------------------------------------
 
@@ -252,6 +252,10 @@ class _Builder:
         return self._logits(ref)
 
     # --- making layers ------------------------------------------------------------------------
+
+    def _exact(self, layer, name, *args):
+        """A layer between two grids: float32 whatever the policy, or codes would be lost."""
+        return layer(*args, name=self._name(name), dtype="float32")
 
     def _name(self, text):
         name, plain, n = _plain(text), _plain(text), 1
@@ -390,7 +394,7 @@ class _Builder:
         kind = activation_name(original)
         if kind in OF_TWO_TENSORS:
             return functools.partial(self._of_two_tensors, original, name=f"{name}_{kind}")
-        return keras.layers.Activation(original.activation, name=self._name(f"{name}_{kind}"))
+        return self._exact(keras.layers.Activation, f"{name}_{kind}", original.activation)
 
     def _kernel_quantizers(self, cls, widths):
         name = widths.kernel or self.scheme.kernel

@@ -190,6 +190,20 @@ def test_what_cannot_be_multiplied_says_so():
         integer_graph(calibrate(quantize_model(between(flat), "w8a8"), images()))
 
 
+@pytest.mark.parametrize("name", ["squeezed by a sigmoid", "silu", "leaky", "gated sum"])
+def test_mixed_precision_loses_no_code_between_grids(name):
+    model = between(BLOCKS[name])
+    want = calibrate(quantize_model(model, "w8a8"), images())
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        mixed = quantize_model(model, "w8a8")
+        mixed.set_weights(want.get_weights())
+        got = mixed.predict(images(), verbose=0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    np.testing.assert_array_equal(got, want.predict(images(), verbose=0))
+
+
 @pytest.mark.parametrize("name", ["silu", "leaky_relu"])
 def test_by_hand_they_are_refused_with_the_way_out(name):
     inputs = keras.Input((3,))
