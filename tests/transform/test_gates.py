@@ -142,12 +142,9 @@ def test_a_positive_factor_melts_into_the_product_before_the_clip():
     quantized = calibrate(quantize_model(between(by_hand), "w8a8"), images())
     assert kinds(quantized) == ["conv_2d", "depthwise_conv_2d", "reshape", "fully_connected"]
     # 0.5 at 0 and 1 at 3: the grid ends where the clip does.
-    limits = [
-        getattr(x.quantizer, "max_value", None) for x in quantized.layers if hasattr(x, "quantizer")
-    ]
-    assert [limit for limit in limits if limit is not None] == [
-        pytest.approx(1.0)
-    ] * 2  # and the pool
+    found = [x.quantizer for x in quantized.layers if isinstance(x, Quantize)]
+    limits = [q.max_value for q in found if getattr(q, "max_value", None) is not None]
+    assert limits == pytest.approx([1.0, 1.0])  # the gate's and the pool's
 
 
 def test_a_limit_is_learned_below_and_clips_where_it_says():
@@ -237,10 +234,10 @@ def test_pixels_rescaled_step_by_step_keep_a_code_each():
     quantized = calibrate(quantize_model(model, "w8a8"), pixels)
     quantizer = next(x for x in quantized.layers if isinstance(x, Quantize)).quantizer
     grid = quantizer.grid()
-    np.testing.assert_allclose(float(grid.scale), 1 / 127.5, rtol=1e-6)
+    np.testing.assert_allclose(float(grid.scale), 1 / 127.5, rtol=1e-6)  # float32
     assert (grid.lo, grid.hi) == (-128, 127)
     # -1.0 / (1 / 127.5) = -127.5, half a code beside -128.
-    np.testing.assert_allclose(quantizer.offset, -1 + 128 / 127.5, rtol=1e-6)
+    np.testing.assert_allclose(quantizer.offset, -1 + 128 / 127.5, rtol=1e-6)  # as above
     assert_same_integers(quantized, pixels, pixels)
 
 

@@ -373,7 +373,7 @@ def test_two_rescalings_are_one():
     quantized = quantize_model(keras.Model(inputs, K.Conv2D(2, 1)(x)), "w8a8")
     quantizer = quantized.get_layer("r2_quantize").quantizer
     assert quantizer.static_bounds() == (-255, 0)
-    np.testing.assert_allclose(numpy(quantizer.scale), 2 / 255, rtol=1e-6)
+    np.testing.assert_allclose(numpy(quantizer.scale), 2 / 255, rtol=1e-6)  # float32
 
 
 def test_without_a_known_range_the_images_decide():
