@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from absl import flags
 
 BACKENDS = ("tensorflow", "jax", "torch")
+XLA = ("auto", "on", "off")
 _DATA = (
     'images: "digits", a keras.datasets name, a .npz (x_train, y_train, x_test, y_test) or a folder'
 )
@@ -71,6 +72,10 @@ def _train(values):
     _string(values, "weights", None, "file with float weights, in place of the recipe's")
     _count(values, "epochs", None, "in place of the recipe's [train] epochs")
     _count(values, "seed", None, "in place of the recipe's seeds")
+    xla = (
+        "TensorFlow: compile whole steps, in place of the recipe's; some processors are faster off"
+    )
+    _string(values, "xla", None, xla, XLA)
     _bool(values, "tune", "measure on the held-out images; leave the test images alone")
 
 

@@ -44,6 +44,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=math.inf, help="limit for all")
     parser.add_argument("--backend", default="tensorflow")
+    parser.add_argument("--xla", default="", help="auto, on or off, instead of the recipes'")
     parser.add_argument(
         "--parallel",
         type=int,
@@ -98,7 +99,7 @@ def command_of(job: Job, given) -> list[str]:
     """The command line of a job."""
     command = [sys.executable, "-m", "keras_lowbit.cli", "train", str(job.recipe)]
     command += ["--out", str(job.out), "--backend", given.backend, *job.arguments]
-    for flag in ("data", "weights"):
+    for flag in ("data", "weights", "xla"):
         if getattr(given, flag):
             command += [f"--{flag}", getattr(given, flag)]
     return command

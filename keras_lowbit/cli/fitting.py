@@ -25,7 +25,7 @@ from keras_lowbit.cli.methods import (
 )
 from keras_lowbit.distillation import MutualDistiller
 from keras_lowbit.training import CyclicTraining, exclude_from_weight_decay
-from keras_lowbit.transform import reestimate_batchnorm
+from keras_lowbit.transform import fold_batchnorm, reestimate_batchnorm
 
 
 def fit(
@@ -169,6 +169,8 @@ def cosine(train, steps, epoch_steps):
 
 def distiller(teacher, student, train):
     """Keras' distiller around the student: frozen float teacher, logits."""
+    # Its batch norms are constants: folded, the same logits come a quarter sooner.
+    teacher = fold_batchnorm(teacher)
     teacher.trainable = False
     # The loss by name, Keras' default, becomes a function, which Keras then applies to raw logits:
     # only an instance of the class gets the probabilities of softmax(logits / temperature).

@@ -28,6 +28,7 @@ def train(config: str, flags) -> int:
         read_recipe(config),
         epochs=flags.epochs,
         seed=flags.seed,
+        xla=flags.xla,
         data=flags.data,
         weights=flags.weights,
     )

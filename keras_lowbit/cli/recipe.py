@@ -218,12 +218,14 @@ def read_recipe(path: str | Path) -> Recipe:
     return checked(Recipe(path.stem, **parts), str(path))
 
 
-def changed(recipe: Recipe, *, epochs=None, seed=None, data=None, weights=None) -> Recipe:
+def changed(recipe: Recipe, *, epochs=None, seed=None, xla=None, data=None, weights=None) -> Recipe:
     """A recipe with what the command line says in place of the file's values; `None` keeps."""
     wanted = {
         ("train", "epochs"): epochs,
         ("train", "seed"): seed,
         ("pretrain", "seed"): seed,
+        ("train", "xla"): xla,
+        ("pretrain", "xla"): xla,
         ("data", "name"): data,
         ("model", "weights"): weights,
     }

@@ -79,6 +79,8 @@ def test_overrides_are_checked_like_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"'4' is no epoch of 0\.\.2"):
         changed(recipe, epochs=3)
     assert changed(recipe, seed=3).pretrain.seed == 3
+    compiled = changed(recipe, xla="off")
+    assert (compiled.train.xla, compiled.pretrain.xla) == ("off", "off")
 
 
 def test_the_scheme_gathers_the_quantize_section(tmp_path):

@@ -205,6 +205,23 @@ def test_the_distilled_loss_is_the_mixture_that_the_recipe_promises(made):
     assert found == pytest.approx(0.75 * entropy + 0.25 * 4 * divergence, rel=1e-4)
 
 
+def test_the_teacher_of_a_recipe_has_its_batch_norms_folded_and_the_same_logits():
+    inputs = keras.Input((8, 8, 1))
+    x = keras.layers.Conv2D(3, 3, use_bias=False)(inputs)
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.BatchNormalization()(x))
+    teacher = keras.Model(inputs, keras.layers.Dense(4)(x))
+    teacher.layers[2].moving_variance.assign(np.float32([0.1, 2.0, 9.0]))
+    learner = fitting.distiller(teacher, teacher, Train(epochs=1, distill=0.5))
+    kinds = {type(layer).__name__ for layer in learner.teacher.layers}
+    assert "BatchNormalization" not in kinds
+    assert not learner.teacher.trainable_variables
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype("float32")
+    # Float32 rounding of products of three kernels.
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(learner.teacher(x)), ops.convert_to_numpy(teacher(x)), atol=1e-5
+    )
+
+
 def test_distillation_needs_logits(run, recipe, tmp_path, made):
     model = files.load_model(made / "float.keras")
     outputs = keras.layers.Softmax(name="probabilities")(model.output)

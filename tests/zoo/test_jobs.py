@@ -50,10 +50,10 @@ def begun(tmp_path):
 def test_a_command_line_names_recipe_folder_backend_and_data(tmp_path):
     module = script("jobs")
     job = module.Job(Path("a.toml"), tmp_path / "a", ("--seed=2",))
-    command = module.command_of(job, given(module, tmp_path, "--data", "x.npz"))
+    command = module.command_of(job, given(module, tmp_path, "--data", "x.npz", "--xla", "off"))
     assert command[1:] == [
         *("-m", "keras_lowbit.cli", "train", "a.toml", "--out", str(tmp_path / "a")),
-        *("--backend", "tensorflow", "--seed=2", "--data", "x.npz"),
+        *("--backend", "tensorflow", "--seed=2", "--data", "x.npz", "--xla", "off"),
     ]
 
 
