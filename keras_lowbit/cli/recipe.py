@@ -12,6 +12,7 @@ from typing import Any
 
 from keras_lowbit.cli.methods import Methods, check_methods
 from keras_lowbit.scheme import Scheme
+from keras_lowbit.transform.rescale_depthwise import METHODS as RESCALINGS
 
 METHODS = ("mse", "minmax", "percentile")
 WEIGHTS = ("int8", "int4", "int4_all")
@@ -42,11 +43,14 @@ class Model:
 
     `weights`: a file with float weights; empty for random ones, or those of the `.keras` file.
     `fold`: put batch norms into the kernels before quantization (`fold_batchnorm`).
+    `rescale`: equalize channels of folded layers that follow each other (`rescale_pairs`):
+    `"fat"`, `"cle"` or `"activations"`; empty for as they are.
     """
 
     architecture: str = "resnet8"
     weights: str = ""
     fold: bool = False
+    rescale: str = ""
 
 
 @dataclass(frozen=True)
@@ -276,6 +280,7 @@ def checked(recipe: Recipe, path: str) -> Recipe:
     }
     one_of = {
         ("data", "channels"): (1, 3),
+        ("model", "rescale"): ("", *RESCALINGS),
         ("quantize", "method"): METHODS,
         ("pretrain", "xla"): XLA,
         ("train", "xla"): XLA,
@@ -299,6 +304,8 @@ def checked(recipe: Recipe, path: str) -> Recipe:
         )
     for section in ("pretrain", "train"):
         _check_fit(getattr(recipe, section), f"{path} [{section}]")
+    if recipe.model.rescale and not recipe.model.fold:
+        raise ValueError(f"{path} [model]: rescale needs fold = true, batch norms in the kernels")
     if scheme is None and recipe.train.bit_descent:
         raise ValueError(f"{path} [train]: bit_descent needs a [quantize] scheme below 8 bits")
     if recipe.pretrain.bit_descent or recipe.pretrain.distill:

@@ -25,6 +25,7 @@ from keras_lowbit.transform import (
     calibrate,
     fold_batchnorm,
     quantize_model,
+    rescale_pairs,
     snap_biases,
     snap_levels,
 )
@@ -126,7 +127,7 @@ class _Run:
         results = {}
         if self.recipe.scheme is not None:
             if self.recipe.model.fold:
-                model = fold_batchnorm(model)
+                model = folded(model, self.recipe, self.chosen)
             made = self.out / "model.keras"
             student = None if made.is_file() else quantized(model, self.recipe, self.chosen)
             student = self._trained("model", student, self.recipe.train, model)
@@ -308,9 +309,24 @@ def float_model(recipe, dataset):
     return model
 
 
+def folded(model, recipe, dataset):
+    """The float model with its batch norms in the kernels, channels rescaled if the recipe says."""
+    model = fold_batchnorm(model)
+    if not recipe.model.rescale:
+        return model
+    return rescale_pairs(
+        model, calibration_images(recipe, dataset), recipe.model.rescale, batch_size=10
+    )
+
+
+def calibration_images(recipe, dataset):
+    """The first training images, as many as the recipe says."""
+    return np.asarray(dataset.x_train[: recipe.quantize.calibration_images])
+
+
 def quantized(model, recipe, dataset):
     """The quantized, calibrated model of a recipe."""
-    images = np.asarray(dataset.x_train[: recipe.quantize.calibration_images])
+    images = calibration_images(recipe, dataset)
     made = quantize_model(model, recipe.scheme)
     return calibrate(made, images, method=recipe.quantize.method)
 

@@ -22,7 +22,7 @@ from keras_lowbit.kinds import activation_name, kind_of
 from keras_lowbit.progress import track
 from keras_lowbit.transform.calibrate import checked_batches
 
-METHODS = ("fat", "cle")
+METHODS = ("fat", "cle", "activations")
 FACTORS = (1e-2, 1e2)
 _ROUNDS = 100
 _SETTLED = 1e-3
@@ -91,6 +91,28 @@ def cle_factors(first, second, largest, *, capped, limit=5.9):
     return _limited(np.sqrt(ratio), largest, (largest >= limit) & capped, capped, limit)
 
 
+def activation_factors(largest, *, capped, share=1.0, limit=5.9):
+    """Factors that bring a layer's channels to one range of values, so that one grid suits all.
+
+        s_k = (T / X_k)^share       T = limit under a ReLU6, where X_k >= limit stays, else max X_k
+
+    Args:
+        largest: `X_k`, as in `fat_factors`; channels without a positive value stay.
+        capped: as in `fat_factors`.
+        share: 1 where the reader's kernel has a scale for each of its input channels, as a
+            depthwise one: it loses nothing. Below 1 where the reader pays with unequal weights.
+        limit: reals.
+
+    Reference:
+        As `cle_factors`, on ranges of activations in place of those of kernels (this library's).
+    """
+    largest = np.asarray(largest, np.float64)
+    alive = largest > 0
+    target = limit if capped else largest.max(initial=0.0)
+    factors = np.divide(target, largest, where=alive, out=np.ones_like(largest)) ** share
+    return _limited(factors, largest, (largest >= limit) & capped, capped, limit)
+
+
 def _limited(factors, largest, locked, capped, limit):
     if capped:
         cap = np.divide(limit, largest, where=largest > 0, out=np.full_like(largest, np.inf))
@@ -103,7 +125,9 @@ def rescale_pairs(model, data, method="fat", limit=5.9, *, batch_size=32, return
 
     `"fat"` equalizes the channels of depthwise kernels, at the cost of the pointwise kernels behind
     them, which per-channel or 8-bit grids bear better. `"cle"` equalizes both layers of every pair
-    of products, in rounds until nothing moves.
+    of products, in rounds until nothing moves. `"activations"` equalizes the values between them,
+    which few bits a tensor need: wholly in front of a depthwise layer, whose kernel has a scale a
+    channel, else by the square root.
 
     A pair is two products where the first's output reaches the second alone, through nothing but
     ReLU, ReLU6, padding, pooling or dropout. Not across additions.
@@ -111,7 +135,7 @@ def rescale_pairs(model, data, method="fat", limit=5.9, *, batch_size=32, return
     Args:
         model: float model without batch norms in between (`fold_batchnorm` first).
         data: calibration images, as for `calibrate`; outputs on them stay the same.
-        method: `"fat"` or `"cle"`.
+        method: `"fat"`, `"cle"` or `"activations"`.
         limit: below 6: how near to the end of a ReLU6 a channel may be scaled.
         batch_size: images at a time, for arrays.
         return_report: return `(model, RescaleReport)`.
@@ -143,6 +167,10 @@ def rescale_pairs(model, data, method="fat", limit=5.9, *, batch_size=32, return
             r1 = _range(first.operation, reads=False)
             if method == "fat":
                 factors = fat_factors(r1, top, capped=capped, limit=limit)
+            elif method == "activations":
+                depthwise = isinstance(second.operation, keras.layers.DepthwiseConv2D)
+                share = 1.0 if depthwise else 0.5
+                factors = activation_factors(top, capped=capped, share=share, limit=limit)
             else:
                 r2 = _range(second.operation, reads=True)
                 factors = cle_factors(r1, r2, top, capped=capped, limit=limit)

@@ -101,18 +101,15 @@ class ActivationScale:
         """`(codes, scale)`; where dropped, `x / scale` for the code."""
         lo, hi = self.bounds
         log_scale = ops.convert_to_tensor(self.log_scale)
-        scale = ops.exp(ops.stop_gradient(log_scale))
+        fixed = ops.stop_gradient(log_scale)
+        scale = ops.exp(fixed)
         limit = getattr(self.quantizer, "max_value", None)
         if limit is not None:
             scale = ops.minimum(scale, limit / hi)
-        inverse = 1.0 / scale
-        ratio = ops.stop_gradient(x) * inverse
-        codes = uniform.nearest(ratio, lo, hi)
-        inside = uniform.inside_mask(ratio, lo, hi)
-        slope = codes - inside * ratio
-        codes = uniform.straight_through(codes, (x, inside * inverse), (log_scale, slope))
+        # A factor of exactly 1 carries the gradient, at the limit too: a scale may leave it again.
+        codes = uniform.quantize(x, scale * ops.exp(log_scale - fixed), lo, hi)
         if self.drop:
-            codes = ops.where(chosen(x, self.drop, self.seed), x * inverse, codes)
+            codes = ops.where(chosen(x, self.drop, self.seed), x * (1.0 / scale), codes)
         return codes, scale
 
     def write(self):
@@ -135,8 +132,12 @@ def is_fixed(quantizer) -> bool:
 
 
 def chosen(x, share, seed):
-    """True for a random `share` of the elements of `x`."""
-    return keras.random.uniform(ops.shape(x), seed=seed) < share
+    """True for a random `share` of the elements of an image, the same in all images of `x`.
+
+    Every step draws anew. A draw for each image of a step costs more than the block's products:
+    random numbers come one after the other, in one thread.
+    """
+    return keras.random.uniform((1, *ops.shape(x)[1:]), seed=seed) < share
 
 
 @contextlib.contextmanager

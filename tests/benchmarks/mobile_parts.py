@@ -24,7 +24,11 @@ def mobile_part(found):
 
     rows = [
         ("top-1 agreement with float", f"{found['agreement']:.1%}", peer("agreement")),
-        ("logit signal-to-noise ratio", f"{found['snr_db']:.1f} dB", ""),
+        (
+            "logit signal-to-noise ratio, before a softmax",
+            f"{found['snr_db']:.1f} dB",
+            f"{found['peer_snr_db']:.1f} dB" if "peer_snr_db" in found else "",
+        ),
         (f"accuracy (float {found['float_accuracy']:.1%})", percent(found), peer("accuracy")),
         ("wrong codes, 4 images", found["wrong_codes"], ""),
         ("bytes, same ends", found.get("same_ends_bytes", ""), found.get("peer_bytes", "")),

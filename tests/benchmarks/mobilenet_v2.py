@@ -45,6 +45,28 @@ def logits_of(content, images):
     return next(iter(session.run({name: images}).values()))
 
 
+def without_softmax(content):
+    """A file that ends where another one's softmax begins."""
+    schema = runtime.require("ai_edge_litert.schema_py_generated")
+    model = schema.ModelT.InitFromPackedBuf(bytearray(content), 0)
+    (graph,) = model.subgraphs
+    softmax = schema.BuiltinOperator.SOFTMAX
+    (last,) = (
+        op for op in graph.operators if model.operatorCodes[op.opcodeIndex].builtinCode == softmax
+    )
+    graph.outputs, model.signatureDefs = [last.inputs[0]], []
+    builder = runtime.require("flatbuffers").Builder(len(content))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def reals_of(content, images):
+    """Outputs of a file, whose one output tensor holds codes, in reals."""
+    (detail,) = runtime.open_interpreter(content).get_output_details()
+    scale, zero_point = detail["quantization"]
+    return scale * (logits_of(content, images).astype("float32") - zero_point)
+
+
 def latency_ratio(ours, theirs, image, rounds=60):
     """Ratio of median latencies of two files, run in turn in one process."""
     sessions = [runtime.Session(ours), runtime.Session(theirs)]
@@ -115,6 +137,8 @@ def main():
         # Its 1,001 classes begin with "background".
         said = logits_of(theirs, odd)[:, -wanted.shape[-1] :].argmax(-1)
         result["peer_agreement"] = float((said == wanted.argmax(-1)).mean())
+        theirs_logits = reals_of(without_softmax(theirs), odd)[:, -wanted.shape[-1] :]
+        result["peer_snr_db"] = snr(wanted, theirs_logits)
         result["peer_accuracy"] = float((said == truth).mean())
         result["latency"] = latency_ratio(same_ends.content, theirs, odd[:1])
     text = json.dumps(result, indent=1)

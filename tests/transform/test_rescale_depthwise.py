@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 from keras_lowbit.transform.rescale_depthwise import (
+    activation_factors,
     cle_factors,
     fat_factors,
     rescale_pairs,
@@ -70,6 +71,33 @@ def test_cle_factors_give_both_sides_the_geometric_mean():
     """sqrt(8 * 2) / 8 = 0.5: ranges 8 * 0.5 = 4 and 2 / 0.5 = 4. A locked channel stays."""
     factors = cle_factors([8, 1, 3], [2, 9, 12], [0, 1, 6], capped=True)
     np.testing.assert_allclose(factors, [0.5, 3, 1])
+
+
+def test_activation_factors_worked_by_hand():
+    """Under a ReLU6 5.9 / 2 = 2.95 and 5.9 / 0.059 = 100; a channel at 6 and a dead one stay.
+
+    Under a ReLU the largest channel, 8, is the aim: 8 / 2 = 4, by the square root 2.
+    """
+    factors = activation_factors([2, 0.059, 6, -1], capped=True)
+    np.testing.assert_allclose(factors, [2.95, 100, 1, 1])
+    np.testing.assert_allclose(activation_factors([8, 2], capped=False), [1, 4])
+    np.testing.assert_allclose(activation_factors([8, 2], capped=False, share=0.5), [1, 2])
+
+
+def test_activations_in_front_of_a_depthwise_layer_get_one_range_and_outputs_stay():
+    keras.utils.set_random_seed(4)
+    inputs = keras.Input((7, 5, 3))
+    x = K.Conv2D(4, 3, padding="same", activation="relu6", name="stem")(inputs)
+    x = K.DepthwiseConv2D(3, padding="same", activation="relu6", name="dw")(x)
+    model = keras.Model(inputs, K.Conv2D(2, 1, name="pw")(x))
+    stem = model.get_layer("stem")
+    stem.kernel.assign(stem.kernel * np.float32([0.1, 1.0, 0.02, 0.5]))
+    stem.bias.assign(np.float32([0.1, 0.2, 0.01, 0.1]))
+    made = rescale_pairs(model, IMAGES, "activations")
+    # Float32 rounding of products of three kernels whose channels grew up to a hundredfold.
+    np.testing.assert_allclose(outputs(made), outputs(model), atol=2e-5)
+    values = ops.convert_to_numpy(keras.Model(made.input, made.get_layer("stem").output)(IMAGES))
+    np.testing.assert_allclose(values.max(axis=(0, 1, 2)), 5.9, rtol=1e-5)
 
 
 def test_rescaling_under_a_relu_is_exact_in_float64():

@@ -70,18 +70,32 @@ def test_dropped_elements_are_real_and_move_no_scale():
 
 
 def test_half_of_the_elements_are_dropped():
-    made = quantizer((None, 1), 1.0, role="activation")
+    made = quantizer((None, 4000), 1.0, role="activation")
     state = ActivationScale("a", made, add, 0.5, keras.random.SeedGenerator(0))
-    codes, _ = state.encode(ops.full((4000, 1), 0.25))
-    share = np.mean(ops.convert_to_numpy(codes) == 0)
+    found = [ops.convert_to_numpy(state.encode(ops.full((2, 4000), 0.25))[0]) for _ in range(2)]
+    share = np.mean(found[0] == 0)
     assert abs(share - 0.5) < 0.04  # five standard deviations
+    # One draw for all images of a step, another one in the next step.
+    np.testing.assert_array_equal(found[0][0], found[0][1])
+    assert np.mean(found[0] == found[1]) < 0.6
 
 
 def test_a_relu6_limits_the_scale_in_training_too():
+    """At the limit, 0.4, the log scale still learns: x = 1 is code 2.5, rounded to 2.
+
+    d/dlog_s = s (2 - 2.5) g = -0.2 with g = 1 to the value.
+    """
     made = quantizer((None, 1), 9.0, role="activation", signed=False, max_value=6.0)
     state = ActivationScale("a", made, add, 0.0, None)
     _, scale = state.encode(ops.ones((1, 1)))
     np.testing.assert_allclose(ops.convert_to_numpy(scale), 6 / 15, rtol=1e-6)
+
+    def value(x):
+        codes, scale = state.encode(x)
+        return ops.sum(codes * ops.stop_gradient(scale))
+
+    _, to_log = gradient(value, [[1.0]], variables=[state.log_scale])
+    np.testing.assert_allclose(to_log, -0.2, rtol=1e-5)
 
 
 def test_writing_gives_the_layer_the_codes_that_were_trained():
