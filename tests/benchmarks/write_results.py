@@ -26,6 +26,10 @@ BARS = {
     "resnet8_cifar10_w2a2": (83.5, "zoo"),
     "resnet20_cifar10_w8a8": (91.58, "float - 0.15"),
     "resnet20_cifar10_w4a4": (91.5, "at most 20 epochs"),
+    "resnet20_cifar10_w3a3": (90.7, "at most 20 epochs"),
+    "resnet20_cifar10_w2a2": (88.5, "at most 20 epochs"),
+    "resnet20_cifar10_wta8": (90.3, "at most 20 epochs"),
+    "resnet20_cifar10_w1a1": (72.0, "at most 20 epochs"),
 }
 
 

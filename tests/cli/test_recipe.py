@@ -1,5 +1,10 @@
+import types
+
+import keras
+import numpy as np
 import pytest
 
+from keras_lowbit.cli import trainer
 from keras_lowbit.cli.recipe import changed, read_recipe
 
 pytestmark = pytest.mark.once
@@ -93,3 +98,31 @@ def test_the_scheme_gathers_the_quantize_section(tmp_path):
 
 def test_without_a_scheme_the_model_stays_float(tmp_path):
     assert read(tmp_path, "[quantize]\nscheme = ''").scheme is None
+
+
+def test_channels_are_rescaled_by_a_known_rule_and_in_folded_layers_only(tmp_path):
+    assert read(tmp_path, "[model]\nfold=true\nrescale='activations'").model.rescale
+    with pytest.raises(ValueError, match=r"\[model\]: rescale must be one of .*'activations'"):
+        read(tmp_path, "[model]\nfold=true\nrescale='active'")
+    with pytest.raises(ValueError, match="rescale needs fold = true"):
+        read(tmp_path, "[model]\nrescale='cle'")
+
+
+def test_a_folded_model_is_rescaled_on_the_calibration_images(tmp_path, monkeypatch):
+    seen = []
+
+    def rescaled(model, images, method, **_):
+        seen.append((len(images), method, kinds(model)))
+        return model
+
+    def kinds(model):
+        return {type(layer).__name__ for layer in model.layers}
+
+    monkeypatch.setattr(trainer, "rescale_pairs", rescaled)
+    text = "[model]\nfold=true\nrescale='cle'\n[quantize]\ncalibration_images=3"
+    inputs = keras.Input((4, 4, 1))
+    x = keras.layers.BatchNormalization()(keras.layers.Conv2D(2, 3)(inputs))
+    made = keras.Model(inputs, x)
+    dataset = types.SimpleNamespace(x_train=np.zeros((5, 4, 4, 1), np.uint8))
+    assert trainer.folded(made, read(tmp_path, text), dataset) is not made
+    assert seen == [(3, "cle", {"InputLayer", "Conv2D"})]

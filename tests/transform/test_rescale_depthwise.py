@@ -91,7 +91,8 @@ def test_activations_in_front_of_a_depthwise_layer_get_one_range_and_outputs_sta
     x = K.DepthwiseConv2D(3, padding="same", activation="relu6", name="dw")(x)
     model = keras.Model(inputs, K.Conv2D(2, 1, name="pw")(x))
     stem = model.get_layer("stem")
-    stem.kernel.assign(stem.kernel * np.float32([0.1, 1.0, 0.02, 0.5]))
+    kernel = np.random.default_rng(4).normal(size=stem.kernel.shape)
+    stem.kernel.assign(0.2 * kernel * [0.1, 1.0, 0.05, 0.5])
     stem.bias.assign(np.float32([0.1, 0.2, 0.01, 0.1]))
     made = rescale_pairs(model, IMAGES, "activations")
     # Float32 rounding of products of three kernels whose channels grew up to a hundredfold.
