@@ -28,7 +28,6 @@ from keras_lowbit.integer.values import (
 from keras_lowbit.numerics.fixed_point import settled_scale
 from keras_lowbit.numerics.grid import Grid
 
-LARGEST_BIAS = 2**30
 SMALLEST_MULTIPLIER = 2.0**-30
 LARGEST_MULTIPLIER = 255.5  # the runtime refuses 256
 # Where the runtime's softmax and sigmoid put their results.
@@ -95,7 +94,7 @@ class Emitter:
     def _product(self, value, grid, name):
         made, activation = self.tensor(name, value.shape, grid, value.relu)
         if grid.signs:
-            kernel, scale, bias = signs.threshold(value, made, LARGEST_BIAS)
+            kernel, scale, bias = signs.threshold(value, made, largest_bias(value.kernel_bits))
         else:
             value = signs.folded(value)
             kernel, scale, bias = integer_product(value, made, self.weights)
@@ -285,6 +284,16 @@ def largest_code(op: type, kernel: np.ndarray, weights: str) -> int:
     return 7 if pointwise or weights == "int4_all" else 127
 
 
+def largest_bias(kernel_bits: int) -> int:
+    """Codes of a bias from which a channel counts as constant.
+
+    XNNPACK's kernels for VNNI and AMX compute a product with an int4 kernel times 16, the bias
+    included, in int32: from 2^27 on it overflows there and nowhere else. The other half is room for
+    the sums. Kernels of 4 bits or fewer keep to it in every container, so that all files agree.
+    """
+    return 2**26 if kernel_bits <= 4 else 2**30
+
+
 def integer_product(value: Linear, made: OnGrid, weights: str = "int8"):
     """`(kernel codes, written kernel scales, bias codes)` of a product.
 
@@ -310,7 +319,8 @@ def integer_product(value: Linear, made: OnGrid, weights: str = "int8"):
     multiplier = scale_in * scale / scale_out
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         codes = np.abs(bias) / (scale_in * scale)
-    dead = (multiplier < SMALLEST_MULTIPLIER) | ~(codes < LARGEST_BIAS)
+    limit = largest_bias(value.kernel_bits)
+    dead = (multiplier < SMALLEST_MULTIPLIER) | ~(codes < limit)
     scale = np.where(dead, scale_out / scale_in, scale)
     if value.op is ir.DepthwiseConv2D:
         kernel = np.where(dead.reshape(kernel.shape[-2:]), 0, kernel)
@@ -318,7 +328,6 @@ def integer_product(value: Linear, made: OnGrid, weights: str = "int8"):
         kernel = np.where(dead, 0, kernel)
     if not np.all(np.isfinite(bias)) or not np.all(np.isfinite(scale)):
         raise NotExportable(f"{value.source}: NaN or infinite weights")
-    limit = 2.0**31 - 1
     bias_codes = np.clip(np.rint(bias / (scale_in * scale)), -limit, limit).astype(np.int32)
     scale = np.minimum(scale, LARGEST_MULTIPLIER * scale_out / scale_in)
     written = scale * (made.factor / value.inputs.factor)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_lowbit import NotExportable, calibrate, quantize_model
+import tflite_export
+from keras_lowbit import NotExportable, Scheme, calibrate, quantize_model
 from keras_lowbit import layers as quantized_layers
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer import reference
@@ -105,6 +106,29 @@ def test_a_channel_without_gain_keeps_its_bias_and_a_normal_scale():
     assert (op.kernel_scale > 1e-6).all()
     unit = graph.tensors[op.inputs[0]].scale * op.kernel_scale[1]
     assert op.bias[1] * unit == pytest.approx(0.5, abs=graph.tensors[op.output].scale)
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("exponent", [25.5, 26.5, 27.8])
+def test_a_bias_of_any_size_leaves_int4_files_exact(exponent):
+    """Kernels for int4 multiply sums and bias by 16 on some processors: past 2^27 int32 ends."""
+    inputs = keras.Input((4, 4, 8))
+    model = keras.Model(inputs, K.ReLU()(K.Conv2D(6, 1, name="c")(inputs)))
+    small = calibrate(quantize_model(model, Scheme(4, 4, ends_bits=None)), data(4, 4, 8))
+    layer = small.get_layer("c")
+    op, graph = one(small, "fully_connected", weights="int4")
+    gain = np.float32([1, 1, 1, 1, 1, 2.0**-20])  # reals a code of the last channel stands for
+    layer.kernel.assign(ops.convert_to_numpy(layer.kernel) * gain)
+    scale = ops.convert_to_numpy(layer.kernel_quantizer.scale)
+    layer.kernel_quantizer.scale.assign(scale * gain.reshape(scale.shape[-1:]))
+    unit = graph.tensors[op.inputs[0]].scale * op.kernel_scale[5] * 2.0**-20
+    layer.bias.assign(np.float32([0, 0, 0, 0, 0, unit * 2**exponent]))
+    op, _ = one(small, "fully_connected", weights="int4")
+    assert op.storage == "int4"
+    assert op.kernel[..., 5].any() == (exponent < 26)
+    assert np.abs(op.bias).max() < 2**26
+    result = tflite_export.convert(small, weights="int4", verify=data(4, 4, 8))
+    assert result.mismatches == 0
 
 
 @pytest.mark.parametrize(("size", "before"), [(8, 0), (7, 1)])
