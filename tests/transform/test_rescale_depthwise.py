@@ -98,6 +98,7 @@ def test_activations_in_front_of_a_depthwise_layer_get_one_range_and_outputs_sta
     # Float32 rounding of products of three kernels whose channels grew up to a hundredfold.
     np.testing.assert_allclose(outputs(made), outputs(model), atol=2e-5)
     values = ops.convert_to_numpy(keras.Model(made.input, made.get_layer("stem").output)(IMAGES))
+    # Float32 rounding of the kernel, the bias and their sum.
     np.testing.assert_allclose(values.max(axis=(0, 1, 2)), 5.9, rtol=1e-5)
 
 

@@ -95,7 +95,7 @@ def test_a_relu6_limits_the_scale_in_training_too():
         return ops.sum(codes * ops.stop_gradient(scale))
 
     _, to_log = gradient(value, [[1.0]], variables=[state.log_scale])
-    np.testing.assert_allclose(to_log, -0.2, rtol=1e-5)
+    np.testing.assert_allclose(to_log, -0.2, rtol=1e-5)  # float32: 2 - 2.5 loses two bits
 
 
 def test_writing_gives_the_layer_the_codes_that_were_trained():
