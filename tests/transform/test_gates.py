@@ -35,6 +35,14 @@ def kinds(quantized):
     return [op.kind for op in integer_graph(quantized).ops][1:-1]
 
 
+def last_gain(quantized):
+    """Codes at the output that one code in every input of the last dense layer can make."""
+    graph = integer_graph(quantized)
+    (head,) = (op for op in graph.ops if op.kind == "fully_connected")
+    step = graph.tensors[head.inputs[0]].scale / graph.tensors[head.output].scale
+    return float((np.abs(head.kernel.astype("float64")).sum(0) * head.kernel_scale).max() * step)
+
+
 def squeezed(gate):
     """Squeeze-and-excite."""
 
@@ -85,8 +93,11 @@ def test_the_8_bit_model_is_near_and_its_integers_are_those_of_the_file(name):
     # The constant 3 makes three times the error of its channel.
     atol = 0.06 if name == "a constant a channel" else 0.02
     quantized = assert_close(between(BLOCKS[name]), data=images(), atol=atol)
-    # A sum is rounded half up where training rounds half to even, and so are both parts of a leak.
-    assert_same_integers(quantized, images(), codes=2 if "sum" in name or "leaky" in name else 1)
+    # A sum is rounded half up where training rounds half to even, and so are both parts of a leak:
+    # up to one value in ten of these small images lies at such a tie. Their means then differ by
+    # up to one code, and the dense layer behind adds its four channels.
+    ties = "sum" in name or "leaky" in name
+    assert_same_integers(quantized, images(), codes=1 + last_gain(quantized) if ties else 1)
 
 
 @pytest.mark.runtime
