@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.numerics import ranges, uniform
+from keras_lowbit.numerics import ranges
 from keras_lowbit.quantizers.base import PACKAGE
 from keras_lowbit.quantizers.lsq import LSQ
 
@@ -86,19 +86,21 @@ class ChannelBalanced(LSQ):
 
     def to_codes(self, x):
         """`(codes, scale)`; see the class. Adds `balance * J` to the losses of the layer."""
-        lo, hi = self.bounds()
         strength = ops.convert_to_tensor(self.balance)
         if self.switch is not None:
             strength = strength * ops.convert_to_tensor(self.switch)
-        self.add_loss(strength * self.objective(x, self.scale_in_use(lo, hi), lo, hi))
-        return super().to_codes(x)
+        codes, fixed = super().to_codes(x)
+        self.add_loss(strength * self.objective(x, codes, self.scale_in_use(*self.bounds())))
+        return codes, fixed
 
-    def objective(self, x, scale, lo, hi):
-        """J of a batch, a scalar with a gradient to `scale` only."""
-        x = ops.stop_gradient(x)
+    def objective(self, x, codes, scale):
+        """J of a batch that became `codes`, a scalar with a gradient to `scale` only."""
+        x, codes, fixed = map(ops.stop_gradient, (x, codes, scale))
         axes = tuple(range(len(x.shape) - 1))
-        codes = ops.stop_gradient(uniform.nearest(x / scale, lo, hi))
-        error = ops.mean((x - scale * codes) ** 2, axis=axes)
+        off = x - fixed * codes
+        # Value and slope from sums a channel: no pass backwards over the tensor.
+        slope = -2.0 * ops.mean(off * codes, axis=axes)
+        error = ops.mean(ops.square(off), axis=axes) + (scale - fixed) * slope
         variance = ops.var(x, axis=axes)
         alive = variance >= DEAD
         relative = error / ops.where(alive, variance, 1.0)
