@@ -32,19 +32,10 @@ def fill(model: keras.Model, content: bytes) -> None:
         Unknown: the file asks for Keras' own reader; some variables may have been filled.
         ValueError: an entry does not fit its layer.
     """
-    import h5py  # comes with Keras
-
-    with h5py.File(io.BytesIO(content)) as file:
-        found: dict[str, dict[str, np.ndarray]] = {}
-
-        def visit(path, item):
-            if isinstance(item, h5py.Dataset):
-                if "dtype" in item.attrs:  # a type that HDF5 does not have
-                    raise Unknown(f"{path} is {item.attrs['dtype']}")
-                folder, _, key = path.rpartition("/")
-                found.setdefault(folder, {})[key] = item[()]
-
-        file.visititems(visit)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for path, values in _entries(content):
+        folder, _, key = path.rpartition("/")
+        found.setdefault(folder, {})[key] = values
     known: dict[str, dict[str, Any]] = {}
     for path, values in found.items():
         *steps, last = path.split("/")
@@ -54,6 +45,28 @@ def fill(model: keras.Model, content: bytes) -> None:
         if not hasattr(target, "load_own_variables"):
             raise Unknown(f"{path} has no variables in the model")
         target.load_own_variables(values)
+
+
+def _entries(content):
+    """`(path, values)` of all datasets.
+
+    By h5py's low-level interface: its objects of groups and datasets take as long again.
+    """
+    import h5py  # comes with Keras
+
+    with h5py.File(io.BytesIO(content)) as file:
+        names: list[bytes] = []
+        file.id.links.visit(names.append)
+        for name in names:
+            item = h5py.h5o.open(file.id, name)
+            if not isinstance(item, h5py.h5d.DatasetID):
+                continue
+            path = name.decode()
+            if h5py.h5a.exists(item, b"dtype"):  # a type that HDF5 does not have
+                raise Unknown(f"{path} is {file[path].attrs['dtype']}")
+            values = np.empty(item.shape, item.dtype)
+            item.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+            yield path, values
 
 
 def _at(model, steps, known):

@@ -25,13 +25,14 @@ from keras_lowbit.integer.values import (
     Probabilities,
     container,
 )
+from keras_lowbit.kinds import FIXED_SCALES
 from keras_lowbit.numerics.fixed_point import settled_scale
 from keras_lowbit.numerics.grid import Grid
 
 SMALLEST_MULTIPLIER = 2.0**-30
 LARGEST_MULTIPLIER = 255.5  # the runtime refuses 256
 # Where the runtime's softmax and sigmoid put their results.
-PROBABILITY_GRID = Grid(1 / 256, 0, 255, 8)
+PROBABILITY_GRID = Grid(FIXED_SCALES["softmax"], 0, 255, 8)
 
 
 class Emitter:

@@ -14,7 +14,7 @@ from keras import ops
 from keras_lowbit import layers, walk
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer import moves
-from keras_lowbit.integer.emit import Emitter, identity, kernel_codes
+from keras_lowbit.integer.emit import PROBABILITY_GRID, Emitter, identity, kernel_codes
 from keras_lowbit.integer.values import (
     Elementwise,
     Image,
@@ -318,7 +318,7 @@ def _activation(lowering, call):
     if name in _PROBABILITIES:
         value = lowering.grid_tensor(call)
         wanted = lowering.emitter.name(call.name)
-        tensor = ir.Tensor(wanted, value.shape, "int8", 1 / 256, -128)
+        tensor = ir.Tensor(wanted, value.shape, "int8", PROBABILITY_GRID.scale, -128)
         lowering.emitter.tensors[wanted] = tensor
         lowering.emitter.ops.append(_PROBABILITIES[name]((value.tensor,), wanted, call.name))
         return Probabilities(wanted, value.shape)
