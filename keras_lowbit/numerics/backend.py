@@ -36,6 +36,14 @@ def unscoped():
     return _fast("unscoped") or contextlib.nullcontext()
 
 
+def compiled(function):
+    """`function` of tensors as one graph, on TensorFlow alone: several times as fast as eagerly.
+
+    It compiles at the first call with each shape; what Python does inside happens then only.
+    """
+    return _fast("compiled", function) or function
+
+
 def known(value):
     """A scalar variable or tensor as a number; `None` where that would wait, or is not known yet.
 

@@ -68,6 +68,11 @@ def unscoped():
     return tf.name_scope("")
 
 
+def compiled(function):
+    """See `numerics.backend`."""
+    return tf.function(function, autograph=False)
+
+
 def known(value):
     """Always `None`: what a graph computes is not known while it is made."""
     return None

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit import walk
+from keras_lowbit.numerics import backend
 from keras_lowbit.progress import track
 from keras_lowbit.transform.calibrate import checked_batches
 
@@ -51,21 +52,34 @@ def reestimate_batchnorm(model, data, *, steps=None, batch_size=32) -> keras.Mod
         return model
     batches = checked_batches(program, _first(data, steps, batch_size), batch_size)
     sums = {key: _Sums() for key in norms}
+    order = []  # keys of the calls whose statistics `statistics` returns
 
-    def execute(call, args, kwargs):
-        if id(call.operation) not in norms or kwargs.get("training") is False:
-            return walk.infer(call, args, kwargs)
-        outputs = call.operation(*args, **{**kwargs, "training": True})
-        sums[id(call.operation)].add(call.operation)
-        return outputs
+    def statistics(feeds):
+        seen = []
+        order.clear()
+
+        def execute(call, args, kwargs):
+            norm = norms.get(id(call.operation))
+            if norm is None or kwargs.get("training") is False:
+                return walk.infer(call, args, kwargs)
+            outputs = norm(*args, **{**kwargs, "training": True})
+            order.append(id(norm))
+            # Copies: where a layer is shared, its next call writes into the same variables.
+            seen.append((ops.copy(norm.moving_mean), ops.copy(norm.moving_variance)))
+            return outputs
+
+        walk.run(program, feeds, execute)
+        return seen
 
     with _showing_batches(norms.values()):
+        compiled = backend.compiled(statistics)
         for batch in track(batches, "re-estimate batch norms"):
             feeds = [
                 ops.convert_to_tensor(a.astype(ref.dtype))
                 for a, ref in zip(batch, program.inputs, strict=True)
             ]
-            walk.run(program, feeds, execute)
+            for key, (mean, variance) in zip(order, compiled(feeds), strict=True):
+                sums[key].add(mean, variance)
         means = {key: total.means() for key, total in sums.items()}
     for key, norm in norms.items():
         mean, variance = means[key]
@@ -124,10 +138,10 @@ class _Sums:
     def __init__(self):
         self.count, self.mean, self.variance = 0, 0.0, 0.0
 
-    def add(self, norm):
+    def add(self, mean, variance):
         self.count += 1
-        self.mean = self.mean + np.float64(ops.convert_to_numpy(norm.moving_mean))
-        self.variance = self.variance + np.float64(ops.convert_to_numpy(norm.moving_variance))
+        self.mean = self.mean + np.float64(ops.convert_to_numpy(mean))
+        self.variance = self.variance + np.float64(ops.convert_to_numpy(variance))
 
     def means(self):
         return np.float32(self.mean / self.count), np.float32(self.variance / self.count)
