@@ -62,6 +62,10 @@ def peers_part(rows):
         f"Only ratios compare between frameworks. {', '.join(processors)}.\n",
         table("", PEER_COLUMNS, [peer_cells(row) for row in rows]).strip(),
         "",
+        "Keras 3 computes a batch norm by several operations, tf-keras by one, and so does",
+        "`quantize_model`: that is a part of the ratio above, and the reason why float steps of",
+        "tf-keras are shorter. QKeras, TFMOT and Larq learn no scales and leave sums in float.",
+        "",
     ]
 
 
