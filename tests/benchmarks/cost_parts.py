@@ -64,7 +64,7 @@ def peers_part(rows):
         "",
         "Keras 3 computes a batch norm by several operations, tf-keras by one, and so does",
         "`quantize_model`: that is a part of the ratio above, and the reason why float steps of",
-        "tf-keras are shorter. QKeras, TFMOT and Larq learn no scales and leave sums in float.",
+        "tf-keras are shorter. Nor do QKeras, TFMOT and Larq learn scales by gradient.",
         "",
     ]
 
