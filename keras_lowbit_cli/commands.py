@@ -10,6 +10,7 @@ from absl import flags
 
 BACKENDS = ("tensorflow", "jax", "torch")
 XLA = ("auto", "on", "off")
+TARGETS = ("android", "builtin", "coral")  # those of `tflite_export.targets`
 _DATA = (
     'images: "digits", a keras.datasets name, a .npz (x_train, y_train, x_test, y_test) or a folder'
 )
@@ -97,7 +98,7 @@ def _evaluate(values):
 
 def _export(values):
     _string(values, "out", None, "the .tflite file to write")
-    _string(values, "target", "android", "where it runs", ("android", "builtin"))
+    _string(values, "target", "android", "where it runs", TARGETS)
     _string(values, "weights", "int8", "container of kernels", ("int8", "int4", "int4_all"))
     types = ("float32", "uint8", "int8")
     _string(values, "input_type", None, "uint8 takes raw pixels (default: by the model)", types)
@@ -108,7 +109,7 @@ def _export(values):
 
 
 def _check(values):
-    _string(values, "target", "android", "where it shall run", ("android", "builtin"))
+    _string(values, "target", "android", "where it shall run", TARGETS)
 
 
 def _no_flags(values):

@@ -153,7 +153,8 @@ def convert(
 
     Args:
         model: a trained model (quantized and calibrated), or one of `keras_lowbit.freeze`.
-        target: `"android"` (LiteRT, default kernels) or `"builtin"` (also tflite-runtime 2.14).
+        target: `"android"` (LiteRT, default kernels), `"builtin"` (also tflite-runtime 2.14) or
+            `"coral"` (what Coral's `edgetpu_compiler` takes; how the Edge TPU rounds is its own).
         weights: `"int8"`, the fast form; `"int4"`, dense and pointwise kernels of 4 bits or less
             as int4, exact too; `"int4_all"`, every kernel that fits, smallest, with k x k and
             depthwise kernels on slower built-in kernels that round otherwise.
@@ -187,7 +188,7 @@ def convert(
         weights=weights,
         preprocessing=preprocessing,
     )
-    found = targets.objections(graph, place)
+    found = targets.objections(graph.ops, graph.tensors, place)
     if found:
         raise NotExportable(_sentence(place, found))
     result = ExportResult(flatbuffer.write(graph), graph, target, weights)
@@ -237,11 +238,14 @@ def check(model: keras.Model, target: str = "android") -> list[str]:
     Raises:
         ValueError: an unknown target, or a model without a graph.
     """
-    targets.find(target)
+    place = targets.find(target)
     program = walk.flatten(model)
     if not any(kind_of(call) == "quantize" for call in program.calls):
         program = walk.flatten(quantize_model(model, "w8a8"))
-    return Lowering(program, 1, "int8", dry=True).objections()
+    lowering = Lowering(program, 1, "int8", dry=True)
+    found = lowering.objections()
+    emitter = lowering.emitter
+    return found + targets.objections(emitter.ops, emitter.tensors, place)
 
 
 def _sentence(place, found):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from keras_lowbit.integer import graph as ir
+
+LARGEST_CORAL_SOFTMAX = 16_000
 
 
 @dataclass(frozen=True)
@@ -16,27 +18,58 @@ class Target:
     Args:
         name: as given to `convert`.
         runtime: the runtime whose kernels the file is written for.
-        objections: sentences against an operation; empty where it is fine.
+        objections: sentences against an operation that gives a tensor of a shape; empty where it
+            is fine.
+        largest_batch: images that a file can take at a time; `None` for any number.
     """
 
     name: str
     runtime: str
-    objections: Callable[[ir.Op], list[str]]
+    objections: Callable[[ir.Op, tuple[int, ...]], list[str]]
+    largest_batch: int | None = None
 
 
-def _none(op: ir.Op) -> list[str]:
+def _none(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
     return []
 
 
-def _old_builtin(op: ir.Op) -> list[str]:
+def _old_builtin(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
     if isinstance(op, ir.FullyConnected) and op.storage == "int4":
         return ["tflite-runtime 2.14 loads no int4 FULLY_CONNECTED; use weights='int8'"]
     return []
 
 
+def _coral(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
+    """What the Edge TPU's compiler would leave to the CPU, with all that follows.
+
+    The operations are those of coral.ai/docs/edgetpu/models-intro ("Supported operations"). The
+    compiler has the last word, for it also refuses by size; and its CPU part reads operations up to
+    those of TensorFlow 2.8, newer than any version written here.
+    """
+    found = []
+    if isinstance(op, ir.Product) and op.storage != "int8":
+        found.append("the Edge TPU reads kernels of 8 bits only; use weights='int8'")
+    dilation = getattr(op, "dilation", (1, 1))
+    if dilation[0] != dilation[1]:
+        found.append(f"the Edge TPU dilates alike in both directions. Got {dilation}")
+    vector = all(n == 1 for n in shape[1:-1])
+    if isinstance(op, ir.FullyConnected) and not vector:
+        found.append(
+            f"a dense layer's output must be one-dimensional on the Edge TPU. Got {shape[1:]}; "
+            "write it as a 1x1 convolution"
+        )
+    if isinstance(op, ir.Softmax) and not (vector and shape[-1] <= LARGEST_CORAL_SOFTMAX):
+        found.append(
+            f"the Edge TPU takes a softmax over one dimension of at most {LARGEST_CORAL_SOFTMAX} "
+            f"values. Got {shape[1:]}; end the model before it"
+        )
+    return found
+
+
 TARGETS = {
     "android": Target("android", "LiteRT 2, default kernels (XNNPACK)", _none),
     "builtin": Target("builtin", "tflite-runtime 2.14 and newer, built-in kernels", _old_builtin),
+    "coral": Target("coral", "edgetpu_compiler 16 for Coral's Edge TPU", _coral, largest_batch=1),
 }
 
 
@@ -49,6 +82,14 @@ def find(name: str) -> Target:
     raise ValueError(f"Unknown target {name!r}; known: {sorted(TARGETS)}.{hint}")
 
 
-def objections(graph: ir.Graph, target: Target) -> list[str]:
-    """Every objection of a target to a graph, with the layer's name."""
-    return [f"{op.source} ({op.kind}): {why}" for op in graph for why in target.objections(op)]
+def objections(
+    operations: Iterable[ir.Op], tensors: Mapping[str, ir.Tensor], target: Target
+) -> list[str]:
+    """Every objection of a target to a graph's operations, with the layer's name."""
+    found = []
+    for op in operations:
+        shape = tensors[op.output].shape
+        if target.largest_batch is not None and shape[0] > target.largest_batch and not found:
+            found.append(f"files take {target.largest_batch} image at a time there. Got {shape[0]}")
+        found += [f"{op.source} ({op.kind}): {why}" for why in target.objections(op, shape)]
+    return found

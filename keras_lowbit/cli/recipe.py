@@ -17,7 +17,7 @@ from keras_lowbit.transform.rescale_depthwise import METHODS as RESCALINGS
 METHODS = ("mse", "minmax", "percentile")
 WEIGHTS = ("int8", "int4", "int4_all")
 TYPES = ("float32", "int8", "uint8")
-TARGETS = ("android", "builtin")
+TARGETS = ("android", "builtin", "coral")
 XLA = ("auto", "on", "off")
 
 

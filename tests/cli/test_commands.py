@@ -9,7 +9,9 @@ import pytest
 
 import tflite_export
 from keras_lowbit import freeze, zoo
-from keras_lowbit.cli import files
+from keras_lowbit.cli import files, recipe
+from keras_lowbit_cli import commands
+from tflite_export import targets
 
 pytestmark = pytest.mark.runtime
 RELEASED = "resnet8_cifar10_w4a4"
@@ -76,6 +78,10 @@ def test_check_finds_nothing_against_a_plain_model(run, made):
         0,
         [f"builtin: no objections to {made / 'float.keras'}"],
     )
+
+
+def test_every_target_can_be_asked_for():
+    assert commands.TARGETS == recipe.TARGETS == tuple(targets.TARGETS)
 
 
 def test_check_names_the_layer_that_has_no_integer_form(run, tmp_path):
@@ -202,7 +208,7 @@ BAD = [
     (["export", "{made}/float.keras", "--out={tmp}/x.tflite"], "is a float model"),
     (["export", "{made}/w4a4.keras", "--out={tmp}/there.tflite"], "exists already"),
     (["export", "{tmp}/raw.keras", "--out={tmp}/x.tflite"], "calibrat"),
-    (["export", "{made}/w4a4.keras", "--out={tmp}/x.tflite", "--target=coral"], "android|builtin"),
+    (["export", "{made}/w4a4.keras", "--out={tmp}/x.tflite", "--target=pixel"], "android|builtin"),
     (["export", "{made}/w4a4.keras", "--out={tmp}/x.tflite", "--verify_images=-1"], "verify_imag"),
     (
         ["export", "{made}/w4a4.keras", "--out={tmp}/x.tflite", "--data={tmp}/big.npz"],

@@ -64,7 +64,7 @@ def test_whole_numbers_are_taken_for_reals(tmp_path):
         ("[quantize]\nscheme = ''\n[train]\nepochs = 1\nbit_descent = {0 = 8}", "needs a [quan"),
         ("[export]\nweights = ['int5']", "weights must list some of"),
         ("[export]\nweights = ['int8', 'int8']", "each once"),
-        ("[export]\ntarget = 'coral'", "target must be one of ('android', 'builtin')"),
+        ("[export]\ntarget = 'pixel'", "target must be one of ('android', 'builtin', 'coral')"),
         ("[data]\nchannels = 4", "channels must be one of (1, 3)"),
     ],
 )

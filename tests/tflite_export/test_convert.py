@@ -1,5 +1,7 @@
 """From a trained model to a file: what is written, what is refused, and how it is said."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -248,6 +250,33 @@ def test_verification_images_must_fit_the_files_input():
 def test_the_old_target_refuses_int4_dense_layers_by_name():
     with pytest.raises(NotExportable, match=r"point \(fully_connected\): .*weights='int8'"):
         convert(trained(), target="builtin", weights="int4")
+
+
+def test_the_edge_tpu_takes_int8_kernels_and_one_image():
+    assert check(small(), "coral") == []
+    assert convert(trained(), target="coral", verify=images(2)).mismatches == 0
+    with pytest.raises(NotExportable, match=r"point \(fully_connected\): .*weights='int8'"):
+        convert(trained(), target="coral", weights="int4")
+    with pytest.raises(NotExportable, match="1 image at a time there"):
+        convert(trained(), target="coral", batch=2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda: K.Conv2D(2, 3, dilation_rate=(2, 1), name="odd"), r"odd .*Got \(2, 1\)"),
+        (lambda: K.Dense(2, name="odd"), r"odd .*one-dimensional.*Got \(7, 5, 2\).*1x1"),
+        (lambda: K.Softmax(name="odd"), r"odd .*softmax over one dimension.*Got \(7, 5, 3\)"),
+    ],
+)
+def test_what_the_edge_tpu_would_leave_to_the_cpu_is_named_before_training(layer, message):
+    inputs = keras.Input(SHAPE)
+    model = keras.Model(inputs, layer()(K.Conv2D(3, 1, name="fine")(inputs)))
+    assert check(model) == []
+    (found,) = check(model, "coral")
+    assert re.search(message, found)
+    with pytest.raises(NotExportable, match=message):
+        convert(trained(model=model), target="coral")
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
