@@ -117,6 +117,7 @@ def how(recipe) -> str:
             f"block reconstruction without labels, {blocks['steps']} steps of "
             f"{blocks['batch_size']} images a block"
             + (f", {blocks['views']} random views of each" if blocks.get("views") else "")
+            + (", ranges of channels levelled first" if recipe["model"].get("rescale") else "")
         )
     if train["epochs"]:
         parts.append(

@@ -82,7 +82,8 @@ class Reconstruct:
 
     `steps` for each block, 0 for none; `batch_size` images a step; `drop`: share of elements that
     stay real meanwhile; `images`: the first so many training images, 0 for all; `views`: random
-    views of each beside it (`data.zoomed_views`); `memory`: gibibytes for activations.
+    views of each beside it, windows of at least the share `zoom` of both sides
+    (`data.zoomed_views`); `memory`: gibibytes for activations.
     """
 
     steps: int = 0
@@ -90,6 +91,7 @@ class Reconstruct:
     drop: float = 0.5
     images: int = 0
     views: int = 0
+    zoom: float = 0.6
     memory: float = 1.0
 
 
@@ -313,6 +315,10 @@ def checked(recipe: Recipe, path: str) -> Recipe:
     if recipe.reconstruct.drop > 1:
         raise ValueError(
             f"{path} [reconstruct]: drop must lie in 0..1. Got {recipe.reconstruct.drop}"
+        )
+    if not 0 < recipe.reconstruct.zoom <= 1:
+        raise ValueError(
+            f"{path} [reconstruct]: zoom must lie above 0 and up to 1. Got {recipe.reconstruct.zoom}"
         )
     if not 0 < recipe.reconstruct.memory < math.inf:
         raise ValueError(

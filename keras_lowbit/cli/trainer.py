@@ -188,7 +188,7 @@ class _Run:
         found = reconstruct(
             model,
             teacher,
-            datasets.zoomed_views(images, given.views),
+            datasets.zoomed_views(images, given.views, zoom=given.zoom),
             steps=given.steps,
             batch_size=given.batch_size,
             drop=given.drop,

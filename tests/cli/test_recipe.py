@@ -46,6 +46,7 @@ def test_whole_numbers_are_taken_for_reals(tmp_path):
         ("[reconstruct]\nsteps = -1", "[reconstruct]: steps must be at least 0. Got -1"),
         ("[reconstruct]\ndrop = 1.5", "[reconstruct]: drop must lie in 0..1. Got 1.5"),
         ("[reconstruct]\nviews = -1", "[reconstruct]: views must be at least 0. Got -1"),
+        ("[reconstruct]\nzoom = 1.5", "[reconstruct]: zoom must lie above 0 and up to 1. Got 1.5"),
         ("[reconstruct]\nmemory = 0.0", "[reconstruct]: memory must be positive. Got 0.0"),
         ("[quantize]\nscheme = ''\n[reconstruct]\nsteps = 5", "needs a [quantize] scheme"),
         ("[train]\ncutout = -1", "[train]: cutout must be at least 0. Got -1"),
