@@ -13,6 +13,7 @@ from typing import Any
 from keras_lowbit.cli.methods import Methods, check_methods
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.rescale_depthwise import METHODS as RESCALINGS
+from keras_lowbit.tuning.reconstruct import ROUNDINGS
 
 METHODS = ("mse", "minmax", "percentile")
 WEIGHTS = ("int8", "int4", "int4_all")
@@ -83,7 +84,8 @@ class Reconstruct:
     `steps` for each block, 0 for none; `batch_size` images a step; `drop`: share of elements that
     stay real meanwhile; `images`: the first so many training images, 0 for all; `views`: random
     views of each beside it, windows of at least the share `zoom` of both sides
-    (`data.zoomed_views`); `memory`: gibibytes for activations.
+    (`data.zoomed_views`); `rounding`: `"nearest"` or `"data"`, where kernels start; `memory`:
+    gibibytes for activations.
     """
 
     steps: int = 0
@@ -92,6 +94,7 @@ class Reconstruct:
     images: int = 0
     views: int = 0
     zoom: float = 0.6
+    rounding: str = "nearest"
     memory: float = 1.0
 
 
@@ -284,6 +287,7 @@ def checked(recipe: Recipe, path: str) -> Recipe:
         ("data", "channels"): (1, 3),
         ("model", "rescale"): ("", *RESCALINGS),
         ("quantize", "method"): METHODS,
+        ("reconstruct", "rounding"): ROUNDINGS,
         ("pretrain", "xla"): XLA,
         ("train", "xla"): XLA,
         ("export", "target"): TARGETS,
@@ -317,9 +321,8 @@ def checked(recipe: Recipe, path: str) -> Recipe:
             f"{path} [reconstruct]: drop must lie in 0..1. Got {recipe.reconstruct.drop}"
         )
     if not 0 < recipe.reconstruct.zoom <= 1:
-        raise ValueError(
-            f"{path} [reconstruct]: zoom must lie above 0 and up to 1. Got {recipe.reconstruct.zoom}"
-        )
+        zoom = recipe.reconstruct.zoom
+        raise ValueError(f"{path} [reconstruct]: zoom must lie above 0 and up to 1. Got {zoom}")
     if not 0 < recipe.reconstruct.memory < math.inf:
         raise ValueError(
             f"{path} [reconstruct]: memory must be positive. Got {recipe.reconstruct.memory}"

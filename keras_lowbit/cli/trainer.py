@@ -192,6 +192,7 @@ class _Run:
             steps=given.steps,
             batch_size=given.batch_size,
             drop=given.drop,
+            rounding=given.rounding,
             memory=given.memory * 2**30,
             folder=self.out / "blocks" if self.resume else None,
         )

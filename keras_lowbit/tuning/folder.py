@@ -59,12 +59,14 @@ class Folder:
             )
         return cls(path)
 
-    def load(self, i, variables) -> float | None:
-        """Set the variables of block `i` and give its error before training; `None` if absent."""
+    def holds(self, i) -> bool:
+        """Whether block `i` is finished."""
         file = self._file(i)
-        if file is None or not file.exists():
-            return None
-        with np.load(file) as held:
+        return file is not None and file.exists()
+
+    def load(self, i, variables) -> float:
+        """Set the variables of a finished block and give its error before training."""
+        with np.load(self._file(i)) as held:
             for n, variable in enumerate(variables):
                 variable.assign(held[f"v{n:04d}"])
             return float(held["before"])

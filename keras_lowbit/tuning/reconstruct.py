@@ -15,13 +15,16 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.progress import table, track
+from keras_lowbit.quantizers.base import checked_choice
 from keras_lowbit.transform.calibrate import checked_batches, uncalibrated
 from keras_lowbit.transform.snap_biases import snap_biases
 from keras_lowbit.tuning import block_model, programs, streams
+from keras_lowbit.tuning import rounding as data_rounding
 from keras_lowbit.tuning.block_model import BlockModel, Rates
 from keras_lowbit.tuning.blocks import find as find_blocks
 from keras_lowbit.tuning.folder import Folder
 
+ROUNDINGS = ("nearest", "data")
 # Streams alive at once: the block's two inputs and its target or its outputs.
 _STREAMS = 3
 
@@ -69,6 +72,7 @@ def reconstruct(
     steps=200,
     batch_size=20,
     drop=0.5,
+    rounding="nearest",
     blocks=None,
     rates=None,
     folder=None,
@@ -92,6 +96,9 @@ def reconstruct(
         batch_size: images a step.
         drop: share of elements that stay real while training (0.5 for few bits; at 8 bits 0 serves
             better), 0..1.
+        rounding: where kernels of 2 to 4 bits start: `"nearest"`, as calibrated, or `"data"`, at
+            the codes that cost their layers' outputs least (`tuning.rounding`), where that makes
+            the block's error smaller.
         blocks: names of layers whose outputs end a block; `None`: found in the graph, residual
             blocks as they are, chains up to their next linear tensor.
         rates: `tuning.Rates`.
@@ -119,6 +126,7 @@ def reconstruct(
         with; no Fisher weights.
     """
     _check(steps, batch_size, drop, memory)
+    checked_choice("reconstruct", "rounding", rounding, ROUNDINGS)
     quantized, floating = programs.pair(model, float_model)
     missing = uncalibrated(model)
     if missing:
@@ -134,12 +142,14 @@ def reconstruct(
         "steps": steps,
         "batch_size": batch_size,
         "drop": drop,
+        "rounding": rounding,
         "seed": seed,
         "rates": vars(rates),
         "blocks": [block.name for block in found],
     }
     kept = Folder.open(folder, settings, float_model, model, [i.array for i in inputs])
-    runner = _Runner(steps, batch_size, drop, rates, memory / _STREAMS, seed, jit_compile, kept)
+    budget = memory / _STREAMS
+    runner = _Runner(steps, batch_size, drop, rounding, rates, budget, seed, jit_compile, kept)
     result = runner.run(found, inputs)
     snap_biases(model)
     return result
@@ -158,8 +168,9 @@ def _check(steps, batch_size, drop, memory):
 class _Runner:
     """Goes through the blocks with the two streams."""
 
-    def __init__(self, steps, batch_size, drop, rates, budget, seed, jit_compile, kept):
+    def __init__(self, steps, batch_size, drop, rounding, rates, budget, seed, jit_compile, kept):
         self.steps, self.batch_size, self.drop = steps, batch_size, drop
+        self.rounding = rounding
         self.rates, self.budget, self.seed = rates, budget, seed
         self.jit_compile, self.kept = jit_compile, kept
         self.done: set[int] = set()
@@ -190,6 +201,9 @@ class _Runner:
         loss = block_model.squared_error(variances)
         if last and len(wanted) == 1 and wanted[0].array.ndim == 2 and wanted[0].array.shape[1] > 1:
             loss = block_model.divergence
+        before = None
+        if not self.kept.holds(i):
+            before = self.start(i, block, quantized, floating, wanted, variances)
         model = BlockModel(
             block.quantized,
             loss=loss,
@@ -199,20 +213,37 @@ class _Runner:
             rates=self.rates,
             done=self.done,
         )
-        before, seconds = self.kept.load(i, model.targets()), 0.0
+        seconds = 0.0
         if before is None:
-            got = streams.propagate(block.quantized, quantized, self.batch_size, self.budget)
-            before = streams.relative_error(wanted, got, variances)
-            for stream in got:
-                stream.close()
-            seconds = self.train(i, block, model, quantized, floating, wanted, bar)
-            self.kept.save(i, model.targets(), before)
-        else:
+            before = self.kept.load(i, model.targets())
             for _ in range(self.steps):
                 next(bar, None)
+        else:
+            seconds = self.train(i, block, model, quantized, floating, wanted, bar)
+            self.kept.save(i, model.targets(), before)
         got = streams.propagate(block.quantized, quantized, self.batch_size, self.budget)
         after = streams.relative_error(wanted, got, variances)
         return BlockResult(block.name, block.products, before, after, seconds), got
+
+    def start(self, i, block, quantized, floating, wanted, variances):
+        """The block's error before anything is done to it; rounds its kernels to data, if asked."""
+
+        def error():
+            got = streams.propagate(block.quantized, quantized, self.batch_size, self.budget)
+            found = streams.relative_error(wanted, got, variances)
+            for stream in got:
+                stream.close()
+            return found
+
+        before = error()
+        if self.rounding == "data":
+            held = [(v, np.array(ops.convert_to_numpy(v))) for v in data_rounding.variables(block)]
+            seed = _seed(self.seed, i)
+            data_rounding.round_block(block, quantized, floating, self.batch_size, seed, self.done)
+            if not error() < before:  # each layer is nearer to its target, yet not the block
+                for variable, value in held:
+                    variable.assign(value)
+        return before
 
     def train(self, i, block, model, quantized, floating, wanted, bar):
         """Seconds that the steps took."""

@@ -1,0 +1,149 @@
+"""Rounding to data: by hand, against every choice of codes, on the inputs that layers read."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import tflite_export
+from keras_lowbit.layers import QuantizedConv2D, QuantizedDense, QuantizedDepthwiseConv2D
+from keras_lowbit.tuning import reconstruct, rounding
+from tests.tuning.nets import images, mobile, quantized
+
+X = images()
+
+
+def error(target, square, codes, scale):
+    left = target - codes * scale
+    return left @ square @ left
+
+
+class TestNearestOutputs:
+    def test_two_inputs_that_move_together_by_hand(self):
+        """Both inputs alike, weights 0.4 and 0.4: their sum is 0.8, so one code is 1, not none."""
+        square = np.array([[[1.01, 1.0], [1.0, 1.01]]])
+        codes, scales = rounding.nearest_outputs(
+            np.full((1, 2, 1), 0.4), square, np.ones((1, 1)), -1, 1
+        )
+        assert sorted(codes.flatten()) == [0, 1]
+        # Of the scales tried, 0.75 .. 1.2, that nearest to 0.8 for the pair: (0.8 - s)^2.
+        assert scales.item() == pytest.approx(0.85, abs=0.11)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_no_filter_ends_worse_than_nearest_codes_and_most_end_best(self, seed):
+        random = np.random.default_rng(seed)
+        inputs = random.normal(size=(40, 4)) @ random.normal(size=(4, 4))
+        square = (inputs.T @ inputs / 40)[None]
+        target, scales = random.normal(size=(1, 4, 6)), np.full((1, 6), 0.7)
+        codes, chosen = rounding.nearest_outputs(target, square, scales, -2, 1)
+        assert codes.min() >= -2
+        assert codes.max() <= 1
+        np.testing.assert_array_equal(codes, np.rint(codes))
+        best = 0
+        for f in range(6):
+            found = error(target[0, :, f], square[0], codes[0, :, f], chosen[0, f])
+            nearest = np.clip(np.rint(target[0, :, f] / 0.7), -2, 1)
+            assert found <= error(target[0, :, f], square[0], nearest, 0.7) + 1e-12
+            every = min(
+                error(target[0, :, f], square[0], np.array(c), chosen[0, f])
+                for c in itertools.product(range(-2, 2), repeat=4)
+            )
+            best += found <= every + 1e-9
+        assert best >= 3
+
+    def test_one_scale_for_all_filters_stays_one(self):
+        random = np.random.default_rng(0)
+        square = np.eye(3)[None] + 0.5
+        _, scales = rounding.nearest_outputs(
+            random.normal(size=(1, 3, 5)), square, np.full((1, 5), 0.3), -7, 7, shared=True
+        )
+        assert len(set(scales.flatten())) == 1
+
+
+class Everywhere:
+    """Stands in for random positions: all of them, in order."""
+
+    def __init__(self, shape):
+        self.indices = [i.reshape(-1) for i in np.indices(shape)]
+
+    def integers(self, low, high, count):
+        found = self.indices.pop(0)
+        assert (low, high, count) == (0, found.max() + 1, len(found))
+        return found
+
+    def permutation(self, count):
+        return np.arange(count)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: QuantizedConv2D(6, 3, padding="same", strides=2),
+        lambda: QuantizedConv2D(6, (3, 2), groups=2),
+        lambda: QuantizedConv2D(3, 3, padding="same", dilation_rate=2),
+        lambda: QuantizedDepthwiseConv2D(3, strides=2, padding="same"),
+        lambda: QuantizedDepthwiseConv2D((2, 3), depth_multiplier=2),
+        lambda: QuantizedDense(5),
+    ],
+)
+def test_patches_are_what_filters_read(make):
+    layer = make()
+    layer.use_bias = False
+    x = np.random.default_rng(0).normal(size=(2, 9, 7, 4)).astype("float32")
+    layer.build(x.shape)
+    kernel = np.asarray(ops.convert_to_numpy(layer.kernel))
+    plain = {
+        QuantizedConv2D: keras.layers.Conv2D,
+        QuantizedDepthwiseConv2D: keras.layers.DepthwiseConv2D,
+        QuantizedDense: keras.layers.Dense,
+    }[type(layer)]
+    names = ("filters", "units", "kernel_size", "strides", "padding", "dilation_rate", "groups")
+    names = (*names[:2], *names[2:], "depth_multiplier")
+    of_plain = plain.from_config(
+        {k: v for k, v in layer.get_config().items() if k in names} | {"use_bias": False}
+    )
+    of_plain.build(x.shape)
+    of_plain.kernel.assign(kernel)
+    wanted = np.asarray(ops.convert_to_numpy(of_plain(x)))
+    count = int(np.prod(wanted.shape[:-1]))
+    (read,) = rounding._patches(layer, [x], count, Everywhere(wanted.shape[:-1]))
+    got = read @ rounding._by_group(layer, kernel)  # (groups, positions, filters)
+    got = got.transpose(1, 0, 2).reshape(wanted.shape)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_blocks_start_nearer_and_the_file_stays_exact(norms):
+    model = mobile(norms, seed=2)
+    still = {"steps": 1, "batch_size": 8, "blocks": ["b2_add"], "drop": 0.0}
+    nearest, data = quantized(model, "w3a8"), quantized(model, "w3a8")
+    before = reconstruct(nearest, model, X, **still)
+    after = reconstruct(data, model, X, rounding="data", **still)
+    assert after.blocks[0].before == before.blocks[0].before
+    # 0.60 with norms and less without: seven layers of random weights.
+    assert after.blocks[0].after < 0.75 * before.blocks[0].after
+    assert tflite_export.convert(data, verify=X[:4]).mismatches == 0
+
+
+def test_a_start_that_makes_a_block_worse_is_taken_back(monkeypatch):
+    def spoil(block, *_):
+        for variable in rounding.variables(block):
+            variable.assign(ops.zeros_like(variable) + 3.0)
+
+    monkeypatch.setattr(rounding, "round_block", spoil)
+    model = mobile(False, seed=2)
+    low, other = quantized(model), quantized(model)
+    options = {"steps": 1, "batch_size": 8, "blocks": ["b2_add"]}
+    reconstruct(low, model, X, rounding="data", **options)
+    reconstruct(other, model, X, **options)
+    for one, two in zip(low.variables, other.variables, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(one), ops.convert_to_numpy(two))
+
+
+def test_an_unknown_rounding_is_refused():
+    model = mobile(False)
+    with pytest.raises(ValueError, match=r"rounding must be one of .*Did you mean 'data'"):
+        reconstruct(quantized(model), model, X, rounding="date")
