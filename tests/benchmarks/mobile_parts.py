@@ -106,7 +106,6 @@ def recipes_part(folder):
         metrics = json.loads(path.read_text())
         recipe, accuracy = metrics["recipe"], metrics["accuracy"]
         bar, _ = RECONSTRUCTION_BARS.get(recipe["quantize"]["scheme"], (None, None))
-        tuned = recipe["reconstruct"]
         for kind in recipe["export"]["weights"]:
             scored, file = accuracy[kind], metrics["files"][f"model_{kind}.tflite"]
             agreement = scored["float_agreement"]
@@ -114,8 +113,7 @@ def recipes_part(folder):
                 (
                     recipe["name"],
                     kind,
-                    tuned["steps"],
-                    tuned["views"],
+                    *_tuning(recipe),
                     f"{agreement:.1%}",
                     f"{scored['agreement']:.1%}",
                     percent(scored),
@@ -130,8 +128,7 @@ def recipes_part(folder):
     columns = (
         "recipe",
         "file",
-        "steps a block",
-        "views",
+        *TUNING,
         "as float",
         "as Keras",
         "accuracy",
@@ -146,6 +143,40 @@ def recipes_part(folder):
         "`--out RUN`, images split by `zoo/split_npz.py`: even-numbered ones tune, odd-numbered",
         "ones measure how often a file answers as the float and as the Keras model do.\n",
         table("", columns, rows).strip(),
+        "",
+        *_earlier(folder / "earlier"),
+    ]
+
+
+# Columns of how a recipe tunes.
+TUNING = ("steps a block", "views", "start", "channels")
+
+
+def _tuning(recipe):
+    """`TUNING` of a recipe; keys that older ones lack had these values."""
+    tuned = recipe["reconstruct"]
+    views = str(tuned["views"])
+    if tuned["views"]:
+        views += f" of {tuned.get('zoom', 0.6)}..1"
+    levelled = recipe["model"].get("rescale") or "as they are"
+    return tuned["steps"], views, tuned.get("rounding", "nearest"), levelled
+
+
+def _earlier(folder):
+    """Recipes that are not the zoo's, for which the same images were looked at."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        metrics = json.loads(path.read_text())
+        scored = metrics["accuracy"]["int8"]
+        agreement = f"{scored['float_agreement']:.1%}"
+        rows.append(
+            (metrics["recipe"]["name"], *_tuning(metrics["recipe"]), agreement, percent(scored))
+        )
+    if not rows:
+        return []
+    return [
+        "Other recipes, whose odd-numbered images were looked at too:\n",
+        table("", ("recipe", *TUNING, "as float", "accuracy"), rows).strip(),
         "",
     ]
 
