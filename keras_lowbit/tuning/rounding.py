@@ -27,7 +27,7 @@ from keras_lowbit.tuning.blocks import Block
 
 # What is looked at for a layer: images, and positions in all of them together.
 IMAGES, POSITIONS = 200, 20_000
-# Inputs of a filter up to which their squares of them are kept: more keep the nearest codes.
+# Most inputs of a filter, for their second moments are kept: larger ones keep the nearest codes.
 LARGEST = 1500
 # Scales that are tried, as shares of the calibrated one.
 SHARES = (0.75, 0.85, 0.93, 1.0, 1.08, 1.2)
@@ -43,14 +43,12 @@ def variables(block: Block) -> list:
     return [v for v in found if v is not None]
 
 
-def round_block(
-    block: Block, quantized, floating, batch_size: int, seed: int, done=()
-) -> list[str]:
+def round_block(block: Block, quantized, floating, batch_size: int, seed: int, done=()) -> None:
     """Round the kernels of a block to its inputs, one layer after the other, in place.
 
-    Kernel, scale and bias change. Layers with groups, strides, dilations are all fine; separable
-    layers, kernels of other quantizers than `LSQ`, of 1 or more than 4 bits, or with filters of
-    more than `LARGEST` inputs stay as they are.
+    Kernel, scale and bias change. Separable layers, layers with an input quantizer of their own,
+    kernels of other quantizers than `LSQ`, of 1 or more than 4 bits, or whose filters have more
+    than `LARGEST` inputs stay as they are.
 
     Args:
         block: of `blocks.find`.
@@ -60,19 +58,15 @@ def round_block(
         seed: of the positions.
         done: `id` of kernel quantizers that stay as they are: layers of an earlier block.
 
-    Returns:
-        The names of the layers that were rounded.
-
     Reference:
         Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, ICML 2020,
-        arXiv:2004.10568 (eq. 13: the layer-wise objective), and Frantar et al., GPTQ, ICLR 2023,
+        arXiv:2004.10568 (the layer-wise objective), and Frantar et al., GPTQ, ICLR 2023,
         arXiv:2210.17323 (one weight after the other on the inputs' second moments). Deviations:
         coordinate descent in sweeps, inputs of the quantized model against float targets, scales
         tried beside each other.
     """
     random = np.random.default_rng(seed)
     theirs = {programs.plain(c.name): i for i, c in enumerate(block.floating.calls)}
-    rounded = []
     for i, call in enumerate(block.quantized.calls):
         layer = call.operation
         if kind_of(call) != "product" or not _fits(layer) or id(layer.kernel_quantizer) in done:
@@ -87,8 +81,6 @@ def round_block(
             inputs = [_inputs(program, k, [s[chosen] for s in st]) for program, k, st in parts]
             moments.add(*_patches(layer, inputs, share, random))
         _write(layer, block.floating.calls[j].operation, moments)
-        rounded.append(call.name)
-    return rounded
 
 
 def _fits(layer):

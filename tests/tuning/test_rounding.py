@@ -102,7 +102,7 @@ def test_patches_are_what_filters_read(make):
         QuantizedDense: keras.layers.Dense,
     }[type(layer)]
     names = ("filters", "units", "kernel_size", "strides", "padding", "dilation_rate", "groups")
-    names = (*names[:2], *names[2:], "depth_multiplier")
+    names += ("depth_multiplier",)
     of_plain = plain.from_config(
         {k: v for k, v in layer.get_config().items() if k in names} | {"use_bias": False}
     )
