@@ -43,8 +43,8 @@ def _coral(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
     """What the Edge TPU's compiler would leave to the CPU, with all that follows.
 
     The operations are those of coral.ai/docs/edgetpu/models-intro ("Supported operations"). The
-    compiler has the last word, for it also refuses by size; and its CPU part reads operations up to
-    those of TensorFlow 2.8, newer than any version written here.
+    compiler has the last word, for it also refuses by size. It refuses CONV_2D of version 6 and on
+    (google-coral/edgetpu, issue 631); int8 files hold version 3.
     """
     found = []
     if isinstance(op, ir.Product) and op.storage != "int8":

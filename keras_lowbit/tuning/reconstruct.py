@@ -98,8 +98,8 @@ def reconstruct(
             better), 0..1.
         rounding: where kernels of 2 to 4 bits start: `"nearest"`, as calibrated, or `"data"`, at
             the codes that cost their layers' outputs least (`tuning.rounding`), where that makes
-            the block's error smaller. Early blocks of MobileNetV2 end ten times nearer at w4a8,
-            but the whole net did not on new images (`docs/results.md`): compare both.
+            the block's error smaller. Early blocks of MobileNetV2 ended nearer at w4a8, the whole
+            net did not on new images (`docs/results.md`): compare both.
         blocks: names of layers whose outputs end a block; `None`: found in the graph, residual
             blocks as they are, chains up to their next linear tensor.
         rates: `tuning.Rates`.

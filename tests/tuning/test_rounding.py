@@ -116,6 +116,7 @@ def test_patches_are_what_filters_read(make):
     np.testing.assert_allclose(got, wanted, atol=1e-5)  # float32 sums in another order
 
 
+@pytest.mark.runtime
 @pytest.mark.parametrize("norms", [True, False])
 def test_blocks_start_nearer_and_the_file_stays_exact(norms):
     model = mobile(norms, seed=2)
