@@ -18,7 +18,12 @@ _SIGN = "sign"
 FLOAT = "float"
 BINARY_ACTIVATIONS = ("heaviside", _SIGN)
 # Quantizers of few levels; layers that keep 8 bits beside them take this one.
-_FEW_LEVELS, _BESIDE = (TERNARY, "levels"), "lsq"
+_LEVELS = "levels"
+_FEW_LEVELS, _BESIDE = (TERNARY, _LEVELS), "lsq"
+# Arguments of quantizers that a scheme gives itself.
+_DECIDED = ("bits", "role", "axis", "signed", "target_bits")
+# Bits that a kernel's quantizer takes, where fewer than 8.
+_LARGEST = {"dorefa": 7}
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ class Scheme:
         kernel_bits: width of kernels' codes, 1..8; with `kernel="ternary"` always 2.
         activation_bits: width of the codes that quantized layers read, 1..8.
         kernel: quantizer of kernels, a name. Beside `"ternary"` and `"levels"` the ends, and
-            layers whose exception names bits that they do not have, take `"lsq"`.
+            layers whose exception names bits that they do not have, take `"lsq"`; so do 8-bit
+            kernels beside `"dorefa"`, which takes 7 at most.
         activation: quantizer of activations, a name.
         per_channel: one kernel scale for each output channel (one for the kernel if False).
         ends_bits: width of the first and last layers' kernels and inputs; `None` treats them
@@ -116,6 +122,12 @@ class Scheme:
             )
         if self.ends_bits not in (None, FLOAT):
             Widths(self.ends_bits, self.ends_bits)
+        for name in ("exceptions", "kernel_options", "activation_options"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"Scheme: {name} is a mapping. Got {getattr(self, name)!r}")
+            own = [key for key in _DECIDED if name != "exceptions" and key in getattr(self, name)]
+            if own:
+                raise ValueError(f"Scheme: {own[0]} follows from the scheme; leave it out of {name}")
         for widths in self.exceptions.values():
             if widths is not None:
                 Widths.parse(widths)
@@ -177,18 +189,24 @@ class Scheme:
 
     def widths(self, layer_name: str, *, is_end: bool) -> Widths | None:
         """Bits of a layer, or `None` where it stays float."""
-        beside = _BESIDE if self.kernel in _FEW_LEVELS else None
         chosen: Widths | None = Widths(self.kernel_bits, self.activation_bits)
         if is_end and self.ends_bits == FLOAT:
             chosen = None
         elif is_end and self.ends_bits is not None:
-            chosen = Widths(self.ends_bits, self.ends_bits, beside)
+            chosen = self._beside(Widths(self.ends_bits, self.ends_bits))
         for pattern, widths in self.exceptions.items():
             if fnmatch.fnmatchcase(layer_name, pattern):
                 chosen = None if widths is None else Widths.parse(widths)
-                if chosen is not None and chosen.kernel is None and self.kernel == TERNARY:
-                    chosen = dataclasses.replace(chosen, kernel=_BESIDE)
+                # Exceptions keep learned levels, which take any number of them.
+                if chosen is not None and chosen.kernel is None and self.kernel != _LEVELS:
+                    chosen = self._beside(chosen)
         return chosen
+
+    def _beside(self, widths):
+        """The widths of an odd layer, with a quantizer that takes so many bits."""
+        largest = _LARGEST.get(self.kernel, 8)
+        few = self.kernel in _FEW_LEVELS or widths.kernel_bits > largest
+        return dataclasses.replace(widths, kernel=_BESIDE) if few else widths
 
     def activation_of(self, bits: int) -> tuple[str, Mapping[str, Any]]:
         """Name and options of the quantizer of activations at `bits`."""

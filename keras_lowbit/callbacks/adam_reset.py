@@ -16,7 +16,12 @@ class AdamResetCosine(keras.callbacks.Callback):
 
         rate(t) = base * exp(-decay * t) * |cos(pi / 4 * r / period)| + floor,   r = t mod period
 
-    At `r = 0` the optimizer's moments are set to zero. With `pi / 4` the cosine falls to 0.71.
+    Steps count from the first epoch of the schedule, so `initial_epoch=`, `BackupAndRestore` and
+    `Resume` go on with the rates that an unbroken run has, where the number of steps an epoch is
+    known. At `r = 0` the optimizer's moments are set to zero. With `pi / 4` the cosine falls to 0.71.
+
+    A `fit` that ends in an exception or by the keyboard leaves the rate of its last step: the next
+    `fit` with this callback gives the base rate back first, or call `on_train_end()`.
 
     Args:
         period: steps between two resets, from 1.
@@ -40,7 +45,7 @@ class AdamResetCosine(keras.callbacks.Callback):
                 f"AdamResetCosine: decay and floor must be at least 0. Got {decay!r}, {floor!r}"
             )
         self.decay, self.floor = float(decay), float(floor)
-        self._base, self._step = 0.0, 0
+        self._base, self._step, self._running = 0.0, 0, False
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
@@ -56,7 +61,14 @@ class AdamResetCosine(keras.callbacks.Callback):
                 "AdamResetCosine sets the learning rate itself: compile with a number, not a "
                 f"schedule. Got {type(rate).__name__}"
             )
+        self.on_train_end()
         self._base, self._step = float(ops.convert_to_numpy(rate)), 0
+        self._running = True
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Count the steps of epochs that another run made."""
+        if self.params.get("steps"):
+            self._step = epoch * self.params["steps"]
 
     def on_train_batch_begin(self, batch, logs=None):
         """Set the rate; at a period's start clear the moments."""
@@ -73,4 +85,6 @@ class AdamResetCosine(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """Give the base rate back."""
-        self.model.optimizer.learning_rate.assign(self._base)
+        if self._running:
+            self.model.optimizer.learning_rate.assign(self._base)
+            self._running = False

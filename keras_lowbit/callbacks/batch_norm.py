@@ -5,15 +5,17 @@ from __future__ import annotations
 import keras
 
 from keras_lowbit.callbacks.bit_descent import BitDescent
+from keras_lowbit.callbacks.norms import graphs_of, reestimate
 from keras_lowbit.callbacks.sites import checked_count
-from keras_lowbit.transform.reestimate import reestimate_batchnorm
 
 
 class BatchNormReestimation(keras.callbacks.Callback):
     """Re-estimates the moving statistics of batch norms (`transform.reestimate_batchnorm`).
 
     Moving averages trail behind weights on a coarse grid, which jump. Where an epoch has
-    validation, the statistics are fresh before it.
+    validation, the statistics are fresh before it. Under a distiller the quantized models inside
+    are re-estimated. Where the optimizer averages weights (`use_ema`), the averages replace the
+    weights when training ends, and get statistics of their own.
 
     List it before callbacks that save at the end of an epoch (`ModelCheckpoint`,
     `BackupAndRestore`, `Resume`). Beside `FreezeBatchNorm` give `at_end=False`, or the end
@@ -29,7 +31,8 @@ class BatchNormReestimation(keras.callbacks.Callback):
         batch_size: images at a time, for arrays.
 
     Raises:
-        ValueError: counts below 1, `after` is no `BitDescent`, or nothing to do.
+        ValueError: counts below 1, `after` is no `BitDescent`, or nothing to do; when training
+            starts, a subclassed model without a functional quantized model inside.
     """
 
     def __init__(
@@ -62,6 +65,14 @@ class BatchNormReestimation(keras.callbacks.Callback):
         self._due_at_start = self._due_at_end = False
         self._stale = False
 
+    def on_train_begin(self, logs=None):
+        """Refuse a model whose batch norms cannot be found, before any step."""
+        if not graphs_of(self.model):
+            raise ValueError(
+                f"BatchNormReestimation: {self.model.name} has no graph to read, nor a quantized "
+                "model inside that has one. Train a functional or Sequential model"
+            )
+
     def on_epoch_begin(self, epoch, logs=None):
         """Note when in this epoch statistics are due."""
         last = self.at_end and epoch + 1 == self.params.get("epochs")
@@ -87,10 +98,11 @@ class BatchNormReestimation(keras.callbacks.Callback):
         self.on_test_begin()
 
     def on_train_end(self, logs=None):
-        """After training that stopped early."""
-        if self.at_end and self._stale:
+        """After training that stopped early, or whose averages have replaced the weights."""
+        averaged = getattr(getattr(self.model, "optimizer", None), "use_ema", False)
+        if self.at_end and (self._stale or averaged):
             self._reestimate()
 
     def _reestimate(self):
-        reestimate_batchnorm(self.model, self.data, steps=self.steps, batch_size=self.batch_size)
+        reestimate(self.model, self.data, self.steps, self.batch_size)
         self._stale = False

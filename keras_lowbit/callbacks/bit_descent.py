@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_lowbit.callbacks.sites import Site, checked_count, sites_of
 
@@ -26,6 +29,8 @@ class BitDescent(keras.callbacks.Callback):
 
     The bits in force follow from the epoch alone, so a run that resumes
     (`keras.callbacks.BackupAndRestore`, `Resume`, `initial_epoch=`) goes on as if never killed.
+    Keras' `EarlyStopping(restore_best_weights=True)` and `ModelCheckpoint(save_best_only=True)` know
+    nothing of bits: weights of an epoch before the last change are those of a wider net.
 
     Args:
         plan: `{epoch: bits}`, epochs from 0. Before its first epoch bits stay as they are.
@@ -95,10 +100,12 @@ class BitDescent(keras.callbacks.Callback):
             return
         changed = 0
         for site, target in self._sites:
-            bits = max(planned, target)
+            bits = min(max(planned, target), site.quantizer.largest_bits)
             # A resumed run arrives with the bits and scales it left with: never hand over twice.
             if site.quantizer.bits != bits:
-                site.quantizer.set_bits(bits)
+                optimizer = getattr(self.model, "optimizer", None)
+                with moved_averages(optimizer, site.quantizer.scale):
+                    site.quantizer.set_bits(bits)
                 changed += 1
         if changed:
             self.changed_in = epoch
@@ -106,6 +113,34 @@ class BitDescent(keras.callbacks.Callback):
                 print(
                     f"Epoch {epoch + 1}: {changed} quantizers of {self.targets} at {planned} bits"
                 )
+
+
+@contextlib.contextmanager
+def moved_averages(optimizer, scale):
+    """Inside the block a scale changes; the optimizer's average of it (`use_ema`) changes likewise.
+
+    Args:
+        optimizer: `None`, or one of Keras.
+        scale: variable of a quantizer, trained or not; `None` for a quantizer without.
+    """
+    average = _average_of(optimizer, scale)
+    if average is None:
+        yield
+        return
+    before = np.array(ops.convert_to_numpy(scale))
+    yield
+    ratio = ops.convert_to_numpy(scale) / before
+    average.assign(ops.convert_to_numpy(average) * ratio)
+
+
+def _average_of(optimizer, variable):
+    if variable is None or not getattr(optimizer, "use_ema", False) or not optimizer.built:
+        return None
+    # Keras has no public way from a variable to its average; both lists are in one order.
+    pairs = zip(
+        optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True
+    )
+    return next((average for trained, average in pairs if trained is variable), None)
 
 
 def _checked_plan(plan) -> dict[int, int]:

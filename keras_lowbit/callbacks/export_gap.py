@@ -5,7 +5,8 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from keras_lowbit.callbacks.sites import checked_count
+from keras_lowbit.callbacks.norms import graphs_of
+from keras_lowbit.callbacks.sites import checked_count, sites_of
 from keras_lowbit.data.answers import top_class
 from keras_lowbit.transform.freeze import freeze
 
@@ -18,6 +19,9 @@ class ExportGapMonitor(keras.callbacks.Callback):
         frozen_accuracy   images that the frozen model classifies right
         export_gap        images whose top-1 class differs between the model in inference mode and
                           the frozen model: 1 - top-1 agreement
+
+    Under a distiller the first quantized model inside is watched. While a quantizer is switched off
+    (`TwoStage`, `TernaryPhases`) nothing can be exported, and nothing is logged.
 
     List it before callbacks that read the logs. The model is frozen once before training starts, so
     that one that cannot be exported is refused early.
@@ -52,7 +56,7 @@ class ExportGapMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Refuse a model that has no integer form, before any step."""
-        model = self.model
+        model = self._watched()
         if len(model.outputs) != 1 or len(model.inputs) != 1:
             raise ValueError(
                 f"ExportGapMonitor: {model.name} must have one input and one output. "
@@ -63,11 +67,16 @@ class ExportGapMonitor(keras.callbacks.Callback):
                 f"ExportGapMonitor: {model.name} has one output value, which names no class. It "
                 "compares models with two classes or more"
             )
-        freeze(model)
+        if not self._waits():
+            freeze(model)
 
     def on_epoch_end(self, epoch, logs=None):
         """Measure, log and print."""
         if (epoch + 1) % self.every and epoch + 1 != self.params.get("epochs"):
+            return
+        if self._waits():
+            if self.verbose:
+                print(f"Epoch {epoch + 1}: quantizers are switched off, nothing to export yet")
             return
         accuracy, gap = self.measure()
         if logs is not None:
@@ -80,11 +89,23 @@ class ExportGapMonitor(keras.callbacks.Callback):
 
     def measure(self) -> tuple[float, float]:
         """`(frozen_accuracy, export_gap)` now."""
-        model = self.model
+        model = self._watched()
         frozen = freeze(model)
         # Compiled or not as the user chose: Keras' own choice, XLA, can take minutes on a CPU.
-        frozen.jit_compile = model.jit_compile
+        frozen.jit_compile = self.model.jit_compile
         codes_in = self.x.astype(keras.backend.standardize_dtype(frozen.inputs[0].dtype))
         exported = top_class(frozen.predict(codes_in, batch_size=self.batch_size, verbose=0))
         trained = top_class(model.predict(self.x, batch_size=self.batch_size, verbose=0))
         return float(np.mean(exported == self.y)), float(np.mean(exported != trained))
+
+    def _watched(self):
+        found = graphs_of(self.model)
+        if not found:
+            raise ValueError(
+                f"ExportGapMonitor: {self.model.name} has no graph to read, nor a quantized model "
+                "inside that has one"
+            )
+        return found[0]
+
+    def _waits(self):
+        return not all(site.quantizer.enabled for site in sites_of(self._watched()))

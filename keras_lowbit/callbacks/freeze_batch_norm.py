@@ -20,7 +20,11 @@ class FreezeBatchNorm(keras.callbacks.Callback):
     flag of their own. So while a step runs, the layer is marked frozen and its gamma and beta
     trainable: the optimizer sees the same variables as before. Between steps all flags are as the
     user set them, so files saved meanwhile hold ordinary batch norms. The step is traced once more
-    when the freeze begins, and again by the next `fit`.
+    when the freeze begins, and again by the next `fit`. A `fit` that ends in an exception or by the
+    keyboard amid a step leaves the marks on: the next `fit` with this callback takes them off, or
+    call `on_train_end()`.
+
+    List it behind a `BatchNormReestimation(after=...)`, which finds nothing to do in frozen layers.
 
     Args:
         epoch: the first frozen epoch, from 0.
@@ -38,7 +42,7 @@ class FreezeBatchNorm(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Find the batch norms."""
-        self._frozen = False
+        self.on_train_end()  # what an interrupted `fit` left
         model, epochs = self.model, self.params.get("epochs")
         if epochs is not None and self.epoch >= epochs:
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import keras
 import numpy as np
 
@@ -10,6 +12,9 @@ from keras_lowbit.callbacks.sites import checked_count, quantizers_of
 from keras_lowbit.callbacks.switches import add_switches
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.quantizers import Quantizer
+
+# What draws have switched off, so that nobody else's switch is moved.
+_OFF: weakref.WeakSet[Quantizer] = weakref.WeakSet()
 
 
 class StochasticPrecision(keras.callbacks.Callback):
@@ -26,6 +31,11 @@ class StochasticPrecision(keras.callbacks.Callback):
     Draws come from a generator seeded with `(seed, epoch, batch)`: the same on every backend, and a
     run that resumes repeats them without any state. Each m is put in the `switch` variable of the
     unit's quantizers before the step, which costs little while p < 1 and nothing after.
+
+    It draws for quantizers that are on when an epoch's first step begins: those that another
+    callback holds back (`TwoStage`), or a float stage, stay off. A `fit` that ends in an exception
+    or by the keyboard amid an epoch leaves what was off in that step off, which the next `fit` with
+    this callback mends; without one call `on_train_end()`.
 
     List it before callbacks that save or export at the end of an epoch. Batch norms see the
     deployed network in the last part of the training only: add a `BatchNormReestimation`.
@@ -73,7 +83,7 @@ class StochasticPrecision(keras.callbacks.Callback):
         self.p0, self.p1, self.ramp, self.unit = float(p0), float(p1), float(ramp), unit
         self.seed = checked_count(seed, who="StochasticPrecision: seed", least=0)
         self.units: list[list[Quantizer]] = []
-        self._state: np.ndarray | None = None
+        self._drawn_for: list[list[Quantizer]] = []
 
     def probability(self, done: float) -> float:
         """The probability after the share `done` of the training."""
@@ -107,33 +117,40 @@ class StochasticPrecision(keras.callbacks.Callback):
                 "StochasticPrecision draws for every step: compile with steps_per_execution=1. "
                 f"Got {model.steps_per_execution}"
             )
-        self._put(np.ones(len(self.units), bool), force=True)
+        self.on_train_end()
 
     def on_epoch_begin(self, epoch, logs=None):
         """Note the epoch."""
-        self._epoch = epoch
+        self._epoch, self._fresh = epoch, True
 
     def on_train_batch_begin(self, batch, logs=None):
         """Draw."""
-        drawn = self.draw(self._epoch, batch)
-        if not np.array_equal(drawn, self._state):
+        if self._fresh:  # all callbacks have had their turn at the epoch's beginning
             _ = self.model  # On JAX this hands the step's state back, so that variables can move.
-            self._put(drawn)
+            self._drawn_for = [[q for q in unit if q.enabled] for unit in self.units]
+            self._fresh = False
+        self._put(self.draw(self._epoch, batch))
 
     def on_test_begin(self, logs=None):
-        """Evaluation is fully quantized."""
-        self._put(np.ones(len(self.units), bool))
+        """Evaluation is quantized as far as the epoch is."""
+        self._put(np.ones(len(self._drawn_for), bool))
 
     def on_epoch_end(self, epoch, logs=None):
         """And so is what others find between epochs."""
         self.on_test_begin()
 
-    def _put(self, drawn, force=False):
-        for i, (unit, on) in enumerate(zip(self.units, drawn, strict=True)):
-            if force or self._state[i] != on:
-                for quantizer in unit:
+    def on_train_end(self, logs=None):
+        """Switch on what a draw has left off."""
+        self._drawn_for = self.units
+        self.on_test_begin()
+
+    def _put(self, drawn):
+        for unit, on in zip(self._drawn_for, drawn, strict=True):
+            for quantizer in unit:
+                if (quantizer in _OFF) == on:
+                    _ = self.model  # as above
                     quantizer.set_enabled(bool(on))
-        self._state = drawn
+                    (_OFF.discard if on else _OFF.add)(quantizer)
 
 
 def units_of(model: keras.Model, unit: str = "block") -> list[list[Quantizer]]:

@@ -6,12 +6,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.callbacks.norms import reestimate
 from keras_lowbit.callbacks.penalties import attach_penalties, kernels_of
 from keras_lowbit.callbacks.sites import check_switch, checked_count, cooled, half_cosine
 from keras_lowbit.callbacks.switches import add_switches
 from keras_lowbit.quantizers import Ternary
 from keras_lowbit.regularizers import CosineTernaryRegularizer
-from keras_lowbit.transform.reestimate import reestimate_batchnorm
 
 
 def attach_cosine(model: keras.Model, strength: float = 1.0) -> dict[str, CosineTernaryRegularizer]:
@@ -154,9 +154,7 @@ class TernaryPhases(keras.callbacks.Callback):
                 cosines = ", ".join(f"{k} {v:.3f}" for k, v in self.cosines().items())
                 print(f"Epoch {epoch + 1}: ternary from here. Cosines: {cosines}")
             if self.data is not None:
-                reestimate_batchnorm(
-                    self.model, self.data, steps=self.steps, batch_size=self.batch_size
-                )
+                reestimate(self.model, self.data, self.steps, self.batch_size)
 
     def on_epoch_end(self, epoch, logs=None):
         """Log the cosines."""

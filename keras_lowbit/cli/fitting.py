@@ -23,7 +23,7 @@ from keras_lowbit.cli.methods import (
     callbacks_of,
     stages_of,
 )
-from keras_lowbit.distillation import MutualDistiller
+from keras_lowbit.distillation import Distiller, MutualDistiller
 from keras_lowbit.training import CyclicTraining, exclude_from_weight_decay
 from keras_lowbit.transform import fold_batchnorm, reestimate_batchnorm
 
@@ -80,11 +80,17 @@ def fit(
         "jit_compile": jit_compile_for(model, train.xla),
     }
 
-    def watching(*_):
-        return [ScaleGuard(), HistoryFile(history), batches.follow_epochs()]
+    def watching():
+        return [ScaleGuard(), batches.follow_epochs()]
 
     if methods.cycles:
-        _fit_cycles(learner, batches, train, methods, watching, compile_options, backup, options)
+
+        def stage_callbacks(_):
+            return [*watching(), HistoryFile(history)]
+
+        _fit_cycles(
+            learner, batches, train, methods, stage_callbacks, compile_options, backup, options
+        )
     else:
         callbacks = [*watching(), *callbacks_of(methods, train, batches)]
         if train.bit_descent:
@@ -92,6 +98,7 @@ def fit(
             callbacks.append(BitDescent(plan, verbose=int(bool(verbose))))
         if methods.snap_epoch >= 0:
             callbacks.append(SnapLevels(model, methods.snap_epoch))
+        callbacks.append(HistoryFile(history))
         if backup is not None:
             # Kept: a kill after the last epoch and before the model is saved costs nothing.
             callbacks.append(Resume(backup, keep=True))
@@ -104,7 +111,7 @@ def fit(
         reestimate_batchnorm(model, batches, steps=train.reestimate_batches)
 
 
-def _fit_cycles(learner, batches, train, methods, watching, compile_options, backup, options):
+def _fit_cycles(learner, batches, train, methods, callbacks, compile_options, backup, options):
     """Descents and what lies between them, each stage with a schedule of its own."""
     plan, between = stages_of(methods, train)
 
@@ -117,7 +124,7 @@ def _fit_cycles(learner, batches, train, methods, watching, compile_options, bac
         batches,
         optimizer=optimizer,
         compile_options=compile_options,
-        callbacks=watching,
+        callbacks=callbacks,
         directory=backup,
         **options,
     )
@@ -168,14 +175,14 @@ def cosine(train, steps, epoch_steps):
 
 
 def distiller(teacher, student, train):
-    """Keras' distiller around the student: frozen float teacher, logits."""
+    """A distiller around the student: frozen float teacher, logits."""
     # Its batch norms are constants: folded, the same logits come a quarter sooner.
     teacher = fold_batchnorm(teacher)
     teacher.trainable = False
     # The loss by name, Keras' default, becomes a function, which Keras then applies to raw logits:
     # only an instance of the class gets the probabilities of softmax(logits / temperature).
     loss = keras.losses.KLDivergence()
-    return keras.distillation.Distiller(
+    return Distiller(
         teacher=teacher,
         student=student,
         distillation_losses=keras.distillation.LogitsDistillation(train.temperature, loss),
@@ -185,8 +192,11 @@ def distiller(teacher, student, train):
 
 def mutual_distiller(float_model, student, train):
     """Both learn; the weights of the student's losses are those of `distiller`."""
+    # A twin: the model that others are compared with stays what it was.
+    twin = keras.models.clone_model(float_model)
+    twin.set_weights(float_model.get_weights())
     return MutualDistiller(
-        float_model,
+        twin,
         [student],
         a_s=1.0 - train.distill,
         b_s=train.distill,

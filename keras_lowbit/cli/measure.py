@@ -89,6 +89,11 @@ def file_shape(content: bytes) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def file_classes(content: bytes) -> int:
+    """Values of a `.tflite`'s first output, along its last axis."""
+    return int(runtime.open_interpreter(content).get_output_details()[0]["shape"][-1])
+
+
 def _input_shape(content):
     details = runtime.open_interpreter(content).get_input_details()
     shapes = [tuple(int(n) for n in detail["shape"]) for detail in details]

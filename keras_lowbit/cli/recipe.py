@@ -314,6 +314,8 @@ def checked(recipe: Recipe, path: str) -> Recipe:
         raise ValueError(f"{path} [model]: rescale needs fold = true, batch norms in the kernels")
     if scheme is None and recipe.train.bit_descent:
         raise ValueError(f"{path} [train]: bit_descent needs a [quantize] scheme below 8 bits")
+    if scheme is None and recipe.train.distill:
+        raise ValueError(f"{path} [train]: distill needs a [quantize] scheme: a quantized student")
     if recipe.pretrain.bit_descent or recipe.pretrain.distill:
         raise ValueError(f"{path} [pretrain]: bit_descent and distill belong to [train]")
     if recipe.reconstruct.drop > 1:

@@ -69,6 +69,14 @@ def run_recipe(
     recipe = changed(recipe, data=data or None, weights=weights or None)
     if tune and not recipe.data.holdout:
         raise ValueError(f"{recipe.name}: tuning needs [data] holdout above 0")
+    given = recipe.model
+    if recipe.train.distill and not (
+        given.weights or recipe.pretrain.epochs or Path(given.architecture).suffix
+    ):
+        raise ValueError(
+            f"{recipe.name} [train]: distill needs a trained float model. Give [pretrain] epochs, or "
+            "weights"
+        )
     settings = dataclasses.asdict(recipe)
     settings["export"]["weights"] = list(settings["export"]["weights"])
     job = {"recipe": settings, "backend": keras.backend.backend(), "tune": tune}
@@ -122,6 +130,8 @@ class _Run:
     def finish(self, model, judged) -> dict:
         """All stages in order; the metrics."""
         say = print if self.verbose else lambda *_: None
+        if self.recipe.scheme is not None and "model" not in self.stages.found["done"]:
+            self._check(model)
         model = self._trained("float", model, self.recipe.pretrain, None)
         trained = {"float": model}
         results = {}
@@ -139,6 +149,20 @@ class _Run:
         files.write_json(metrics, self.out / "metrics.json")
         say(report(metrics, self.out))
         return metrics
+
+    def _check(self, model):
+        """Refuse what cannot be quantized or exported before anything is trained."""
+        if self.recipe.model.fold:
+            model = fold_batchnorm(model)
+        made = quantize_model(model, self.recipe.scheme)
+        export = self.recipe.export
+        objections = tflite_export.check(made, export.target) if export.weights else []
+        if objections:
+            listed = "\n  ".join(objections)
+            raise ValueError(
+                f"{self.recipe.name}: no file can hold this model; [export] weights = [] trains and "
+                f"measures it without:\n  {listed}"
+            )
 
     def _trained(self, name, model, train, teacher):
         """The model after a `fit`, from its file where that is finished."""
@@ -188,11 +212,14 @@ class _Run:
         found = reconstruct(
             model,
             teacher,
-            datasets.zoomed_views(images, given.views, zoom=given.zoom),
+            datasets.zoomed_views(
+                images, given.views, zoom=given.zoom, seed=self.recipe.train.seed
+            ),
             steps=given.steps,
             batch_size=given.batch_size,
             drop=given.drop,
             rounding=given.rounding,
+            seed=self.recipe.train.seed,
             memory=given.memory * 2**30,
             folder=self.out / "blocks" if self.resume else None,
         )

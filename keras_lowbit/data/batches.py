@@ -29,8 +29,7 @@ class Batches(keras.utils.PyDataset):
                 f"{type(self).__name__}: x and y must have one common length above 0. "
                 f"Got {len(x)} and {len(y)}"
             )
-        if batch_size < 1:
-            raise ValueError(f"{type(self).__name__}: batch_size must be 1 or more: {batch_size}")
+        _check_whole(type(self).__name__, "batch_size", batch_size, 1)
         self.x, self.y, self.batch_size = x, np.asarray(y), batch_size
 
     def __len__(self):
@@ -87,13 +86,10 @@ class AugmentedBatches(Batches):
         mixup: float = 0.0,
     ):
         super().__init__(x, y, batch_size)
-        for name, value, unit in (
-            ("pad", pad, " pixels"),
-            ("cutout", cutout, " pixels"),
-            ("mixup", mixup, ""),
-        ):
-            if not value >= 0:
-                raise ValueError(f"AugmentedBatches: {name} must be 0 or more{unit}. Got {value}")
+        _check_whole("AugmentedBatches", "pad, in pixels,", pad, 0)
+        _check_whole("AugmentedBatches", "cutout, in pixels,", cutout, 0)
+        if not mixup >= 0:
+            raise ValueError(f"AugmentedBatches: mixup must be 0 or more. Got {mixup}")
         if mixup and self.y.ndim != 2:
             raise ValueError(
                 "AugmentedBatches: mixup mixes probabilities (n, classes); "
@@ -117,9 +113,13 @@ class AugmentedBatches(Batches):
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        epoch, position = self.epoch, index
         if self._positions is not None:
-            position = self._positions.setdefault(index, len(self._positions))
+            index = self._positions.setdefault(index, len(self._positions))
+        return self.batch_at(index)
+
+    def batch_at(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """The batch at a place of this epoch, whatever a pass has asked for."""
+        epoch = self.epoch
         chosen = self._permutation(epoch)[position * self.batch_size :][: self.batch_size]
         rng = np.random.default_rng((self.seed, epoch, position))
         top, left = rng.integers(0, 2 * self.pad + 1, (2, len(chosen)))
@@ -161,6 +161,12 @@ class AugmentedBatches(Batches):
 
     def _set_epoch(self, epoch: int, logs: Any = None):
         self.epoch = epoch
+
+
+def _check_whole(who, name, value, least):
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ValueError(f"{who}: {name} must be a whole number of {least} or more. Got {value!r}")
 
 
 def crop_flip_numpy(

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 IMAGE_DTYPES = ("uint8", "float32")
+# A larger class index is an identifier that nobody numbered, and would name as many classes.
+_MOST_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +127,8 @@ def holdout(dataset: Dataset, n: int = 5000, seed: int = 0) -> Dataset:
 def stratified(labels: np.ndarray, n: int, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Split indices in two so that every class keeps its share.
 
-    A class with `m` of `t` labels gives `n * m / t` of them, rounded by largest remainder.
+    A class with `m` of `t` labels gives `n * m / t` of them, rounded by largest remainder, and keeps
+    one at least.
 
     Args:
         labels: class indices `(t,)`.
@@ -137,7 +140,7 @@ def stratified(labels: np.ndarray, n: int, seed: int, name: str) -> tuple[np.nda
         `(rest, picked)`, both sorted.
 
     Raises:
-        ValueError: `n` is out of range.
+        ValueError: `n` is out of range, or leaves a class without an image in the rest.
     """
     if not 0 < n < len(labels):
         raise ValueError(
@@ -149,6 +152,12 @@ def stratified(labels: np.ndarray, n: int, seed: int, name: str) -> tuple[np.nda
     quota = np.floor(share).astype(int)
     extra = np.argsort(-(share - quota), kind="stable")[: n - quota.sum()]
     quota[extra] += 1
+    if np.any(quota >= counts):
+        emptied = classes[quota >= counts].tolist()
+        raise ValueError(
+            f"{name}: splitting off {n} of {len(labels)} images leaves no training image of class "
+            f"{', '.join(map(str, emptied[:5]))}. Split off fewer, or add images"
+        )
     # RandomState's streams are frozen for good; those of a Generator may change with NumPy.
     rng = np.random.RandomState(seed)
     picked = [
@@ -211,4 +220,9 @@ def _labels(y: Any, what: str) -> np.ndarray:
         raise ValueError(f"{what} must be integer class indices. Got type {y.dtype}")
     if y.min() < 0:
         raise ValueError(f"{what} must not be negative. Got {y.min()}")
+    if y.max() >= _MOST_CLASSES:
+        raise ValueError(
+            f"{what} holds the class index {y.max()}. Classes are numbered from 0, without gaps: "
+            "np.unique(y, return_inverse=True)[1] numbers them"
+        )
     return y.astype("int32", copy=False)

@@ -1,5 +1,6 @@
 """Training quantized models beside, or under, a float one."""
 
+from keras_lowbit.distillation.frozen import Distiller
 from keras_lowbit.distillation.mutual import MutualDistiller
 
-__all__ = ["MutualDistiller"]
+__all__ = ["Distiller", "MutualDistiller"]

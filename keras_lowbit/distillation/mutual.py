@@ -12,6 +12,7 @@ from keras_lowbit.distillation.divergence import divergence, on_grid_of, squared
 from keras_lowbit.layers import Quantize
 
 
+@keras.saving.register_keras_serializable(package="keras_lowbit")
 class MutualDistiller(keras.Model):
     """Trains quantized models and their float twin together, each following the others.
 
@@ -49,7 +50,7 @@ class MutualDistiller(keras.Model):
         hint_weight: weight of the hints.
 
     Raises:
-        ValueError: models of other inputs or outputs, shared variables, weights below 0, a
+        ValueError: models of other inputs or outputs, or that end in a softmax; shared variables, weights below 0, a
             temperature not positive, unknown hint layers; in `compile`, a loss on probabilities.
 
     Reference:
@@ -88,13 +89,35 @@ class MutualDistiller(keras.Model):
         self.float_model, self.quantized_models = float_model, students
         if self.frozen_teacher:
             float_model.trainable = False
-        pairs = _checked_hints(float_model, students, hints)
+        self.hints = pairs = _checked_hints(float_model, students, hints)
         self._float_net = _Net(float_model, [name for name, _ in pairs])
         self._quantized_nets = [_Net(net, [name for _, name in pairs]) for net in students]
         names = ["loss_float", *(f"loss_{i}" for i in range(len(students)))]
         self._trackers = [keras.metrics.Mean(name) for name in names[self.frozen_teacher :]]
         self.task_loss = None
         self.built = True
+
+    def get_config(self):
+        """The models, and the arguments."""
+        models = [self.float_model, *self.quantized_models]
+        float_model, *quantized = map(keras.saving.serialize_keras_object, models)
+        return {
+            "name": self.name,
+            "float_model": float_model,
+            "quantized_models": quantized,
+            **{name: getattr(self, name) for name in ("a_s", "b_s", "a_t", "b_t", "hint_weight")},
+            "temperature": self.temperatures,
+            "frozen_teacher": self.frozen_teacher,
+            "hints": [list(pair) for pair in self.hints],
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """The reverse."""
+        config = dict(config)
+        read = keras.saving.deserialize_keras_object
+        float_model = read(config.pop("float_model"))
+        return cls(float_model, [read(one) for one in config.pop("quantized_models")], **config)
 
     def compile(self, optimizer="rmsprop", loss=None, **kwargs):
         """As Keras' `compile`; `loss` is CE above, of one model's logits.
@@ -193,6 +216,12 @@ def _checked_models(float_model, quantized_models) -> list[keras.Model]:
                 "MutualDistiller takes functional or Sequential models of one output. "
                 f"Got {getattr(model, 'name', model)!r}"
             )
+    if _ends_in_probabilities(float_model):
+        raise ValueError(
+            f"MutualDistiller: {float_model.name} ends in probabilities; distillation compares "
+            "logits. Make the models without the last softmax or sigmoid "
+            "(classifier_activation=None in keras.applications)"
+        )
     for model in given:
         for what in ("input_shape", "output_shape"):
             ours, theirs = getattr(model, what), getattr(float_model, what)
@@ -211,6 +240,13 @@ def _checked_models(float_model, quantized_models) -> list[keras.Model]:
                 )
         seen.update({id(variable): model.name for variable in model.weights})
     return list(given)
+
+
+def _ends_in_probabilities(model):
+    last = model.outputs[0]._keras_history.operation
+    if isinstance(last, keras.layers.Softmax):
+        return True
+    return getattr(last, "activation", None) in (keras.activations.softmax, keras.activations.sigmoid)
 
 
 def _checked_temperatures(temperature, count) -> list[float]:

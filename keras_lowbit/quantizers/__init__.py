@@ -67,7 +67,8 @@ def get(identifier, **defaults):
         **defaults: constructor arguments used when `identifier` is a name.
 
     Raises:
-        ValueError: unknown name (the nearest is suggested) or another type.
+        ValueError: unknown name (the nearest is suggested), another type, or arguments of a wrong
+            type.
     """
     if identifier is None or isinstance(identifier, Quantizer):
         return identifier
@@ -76,7 +77,10 @@ def get(identifier, **defaults):
     if isinstance(identifier, str):
         key = identifier.lower()
         if key in _BY_NAME:
-            return _BY_NAME[key](**defaults)
+            try:
+                return _BY_NAME[key](**defaults)
+            except TypeError as error:
+                raise ValueError(f"Quantizer {key!r} cannot be made of {defaults}: {error}") from error
         near = difflib.get_close_matches(key, _BY_NAME, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown quantizer {identifier!r}; known: {sorted(_BY_NAME)}.{hint}")

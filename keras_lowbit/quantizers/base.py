@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.numerics import backend, ranges, uniform
-from keras_lowbit.numerics.grid import ROLES, Grid, check_bits, code_bounds
+from keras_lowbit.numerics.grid import MAX_BITS, ROLES, Grid, check_bits, code_bounds
 
 PACKAGE = "keras_lowbit"
 
@@ -30,6 +30,7 @@ class Quantizer(keras.layers.Layer):
             says why.
         moves_bits: whether `set_bits` can change the width of a built quantizer; schedules of bits
             pass the others by.
+        largest_bits: bits that `set_bits` takes at most.
         fits_data: whether `fit_scale` looks at data; `calibrate` leaves the others on.
         pad_code: the code that SAME padding puts around a tensor.
         unsaved: names of the variables that are in no file.
@@ -55,6 +56,7 @@ class Quantizer(keras.layers.Layer):
     unsaved = frozenset({"switch", "pull"})
     scale = None
     offset = 0.0  # reals that code 0 stands for
+    largest_bits = MAX_BITS
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.numerics import ranges, uniform
-from keras_lowbit.numerics.grid import check_bits, code_bounds
+from keras_lowbit.numerics.grid import MAX_BITS, check_bits, code_bounds
 from keras_lowbit.quantizers.base import PACKAGE, Quantizer
 
 LARGEST_KERNEL_BITS = 7
@@ -68,8 +68,13 @@ class DoReFa(Quantizer):
         if self.role == "activation":
             self.clip = self.add_state("clip", self._given_clip or 1.0)
 
+    @property
+    def largest_bits(self) -> int:
+        """Bits that `set_bits` takes at most."""
+        return LARGEST_KERNEL_BITS if self.role == "kernel" else MAX_BITS
+
     def _check_kernel_bits(self, bits):
-        if self.role == "kernel" and bits > LARGEST_KERNEL_BITS:
+        if bits > self.largest_bits:
             raise ValueError(
                 f"DoReFa kernels take 1 to {LARGEST_KERNEL_BITS} bits: codes reach 2^bits - 1, "
                 f"which int8 must hold. Got {bits}. Use fewer bits, or 'lsq' for this layer"

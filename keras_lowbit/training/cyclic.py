@@ -12,7 +12,7 @@ from pathlib import Path
 
 import keras
 
-from keras_lowbit.callbacks import Resume
+from keras_lowbit.callbacks import Resume, norms
 from keras_lowbit.callbacks.resume import forget_initial_epoch
 from keras_lowbit.callbacks.sites import checked_count
 from keras_lowbit.training import files, stages
@@ -165,7 +165,8 @@ class CyclicTraining:
         wrong = [name for name in _FORBIDDEN if name in fit_options]
         if wrong:
             raise ValueError(f"CyclicTraining.fit: stages decide {', '.join(wrong)}; leave it out")
-        if (self.monitor or "").startswith("val_") and "validation_data" not in fit_options:
+        validated = {"validation_data", "validation_split"} & fit_options.keys()
+        if (self.monitor or "").startswith("val_") and not validated:
             raise ValueError(f"CyclicTraining.fit: {self.monitor} needs validation_data")
         stages.prepare(model, [visit.stage for visit in self.visits])
         made: list = []
@@ -183,7 +184,7 @@ class CyclicTraining:
                 if self.reestimate_batches:
                     data = x if batch_norm_data is None else batch_norm_data
                     size = fit_options.get("batch_size") or 32
-                    stages.reestimate(model, data, self.reestimate_batches, size)
+                    norms.reestimate(model, data, self.reestimate_batches, size)
                 model.compile(optimizer=fresh, **(compile_options or {}))
                 # A backup of Keras may have left its own in the model, or in the stage before.
                 forget_initial_epoch(model)

@@ -10,6 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.callbacks.sites import sites_of
+
 
 def write_json(content, path: Path) -> None:
     """Write under another name, then rename."""
@@ -24,9 +26,13 @@ def read_json(path: Path, default):
 
 
 def write_state(model: keras.Model, path: Path) -> None:
-    """All variables of a model, random states included, optimizer excluded."""
+    """All variables of a model, random states included, optimizer excluded.
+
+    Neither those that callbacks add to quantizers while `fit` runs (switches, pulls): stages and
+    callbacks set them, and a model that has met its callbacks must read what one wrote that had not.
+    """
     unfinished = path.with_name(f"{path.stem}.unfinished.npz")
-    arrays = [np.asarray(ops.convert_to_numpy(v)) for v in model.variables]
+    arrays = [np.asarray(ops.convert_to_numpy(v)) for v in _kept(model)]
     np.savez(unfinished, **{f"{i:06d}": array for i, array in enumerate(arrays)})
     os.replace(unfinished, path)
 
@@ -41,13 +47,20 @@ def read_state(model: keras.Model, path: Path) -> None:
         names = sorted(stored.files)
         arrays = [stored[name] for name in names]
     shapes = [tuple(array.shape) for array in arrays]
-    if shapes != [tuple(v.shape) for v in model.variables]:
+    variables = _kept(model)
+    if shapes != [tuple(v.shape) for v in variables]:
         raise ValueError(
             f"{path} belongs to another model than {model.name}. Give each training a directory "
             "of its own"
         )
-    for variable, array in zip(model.variables, arrays, strict=True):
+    for variable, array in zip(variables, arrays, strict=True):
         variable.assign(array)
+
+
+def _kept(model):
+    quantizers = [site.quantizer for site in sites_of(model)]
+    late = {id(getattr(one, name, None)) for one in quantizers for name in one.unsaved}
+    return [variable for variable in model.variables if id(variable) not in late]
 
 
 class EpochLog(keras.callbacks.Callback):

@@ -8,9 +8,8 @@ import fnmatch
 import keras
 
 from keras_lowbit.callbacks.sites import Site, layers_of, sites_of
-from keras_lowbit.callbacks.switches import add_switches, models_of
+from keras_lowbit.callbacks.switches import add_switches
 from keras_lowbit.training.plan import FLOAT, MAX_BITS, Stage
-from keras_lowbit.transform import reestimate_batchnorm
 
 
 def prepare(model: keras.Model, stages) -> None:
@@ -58,34 +57,13 @@ def set_bits(model: keras.Model, stage: Stage) -> None:
         if quantizer.enabled != (bits != FLOAT):
             quantizer.set_enabled(bits != FLOAT)
         if bits != FLOAT and _moves(site):
-            wanted = max(bits, quantizer.target_bits)
+            wanted = min(max(bits, quantizer.target_bits), quantizer.largest_bits)
             if quantizer.bits != wanted:
                 quantizer.set_bits(wanted)
 
 
 def _moves(site: Site) -> bool:
     return site.quantizer.target_bits < MAX_BITS and site.quantizer.moves_bits
-
-
-def reestimate(model: keras.Model, data, steps: int, batch_size: int) -> None:
-    """Fresh batch-norm statistics for every quantized model in `model`, which may be a distiller.
-
-    Args:
-        model: what is trained.
-        data: as for `transform.reestimate_batchnorm`.
-        steps: batches.
-        batch_size: images at a time, for arrays.
-    """
-    done: list[keras.Model] = []
-    for one in models_of(model):
-        inside = any(one in models_of(outer) for outer in done)
-        if not inside and _has_graph(one) and sites_of(one):
-            reestimate_batchnorm(one, data, steps=steps, batch_size=batch_size)
-            done.append(one)
-
-
-def _has_graph(model):
-    return isinstance(model, keras.Sequential) or bool(getattr(model, "inputs", None))
 
 
 @contextlib.contextmanager

@@ -101,7 +101,9 @@ def _first(data, steps, batch_size):
         return data if steps is None else [x[: steps * batch_size] for x in data]
     if isinstance(data, keras.utils.PyDataset):
         # Their `__getitem__` need not raise at the end, so iterating might never stop.
-        return (data[i] for i in range(len(data))[:steps])
+        # Amid a pass of `fit` an `AugmentedBatches` counts what is asked for: not here.
+        read = getattr(data, "batch_at", data.__getitem__)
+        return (read(i) for i in range(len(data))[:steps])
     return itertools.islice(data, steps)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keras
+import numpy as np
 
 from keras_lowbit.callbacks.sites import quantizers_of
 from keras_lowbit.layers import Dequantize, Quantize, QuantizedDense
@@ -21,11 +22,13 @@ def with_input_shape(model: keras.Model, shape) -> keras.Model:
     Raises:
         ValueError: the channels differ, or a layer does not fit the size.
     """
-    shape = tuple(int(n) for n in shape)
     before = tuple(model.input_shape[1:])
+    if not isinstance(shape, (tuple, list)) or not all(_whole(n) for n in shape):
+        raise ValueError(f"input_shape is height, width and channels in pixels. Got {shape!r}")
+    shape = tuple(shape)
     if shape == before:
         return model
-    if len(shape) != 3 or shape[-1] != before[-1] or min(shape) < 1:
+    if len(shape) != 3 or shape[-1] != before[-1]:
         raise ValueError(
             f"{model.name} takes images (height, width, {before[-1]}). Got input_shape={shape}"
         )
@@ -58,8 +61,8 @@ def with_classes(model: keras.Model, classes: int) -> keras.Model:
     Raises:
         ValueError: fewer than 1 class, or the model does not end in a quantized dense layer.
     """
-    if classes < 1:
-        raise ValueError(f"classes must be 1 or more. Got {classes}")
+    if not _whole(classes):
+        raise ValueError(f"classes must be a whole number of 1 or more. Got {classes!r}")
     head, after = _head(model)
     renamed = {"name": f"{head.name}_{classes}", "units": int(classes)}
     x = _again(head, renamed)(list(head.input))
@@ -68,6 +71,11 @@ def with_classes(model: keras.Model, classes: int) -> keras.Model:
     adapted = keras.Model(model.inputs, x, name=model.name)
     fit_kernels(adapted.get_layer(renamed["name"]))
     return adapted
+
+
+def _whole(number):
+    whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+    return whole and number >= 1
 
 
 def _again(layer, changes):

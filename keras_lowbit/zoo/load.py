@@ -27,7 +27,8 @@ def load(
     Args:
         name: one of `zoo.list()`.
         input_shape: height, width, channels, where other than the trained one.
-        classes: outputs of a fresh head, for transfer learning; the rest keeps its weights. Run
+        classes: outputs of a fresh head, for transfer learning, also where the trained model has as
+            many; the rest keeps its weights. Run
             `calibrate(model, images, only_new=True)` before training: the head's logits have no
             grid yet.
         include_top: `False` gives the features `(n, channels)` that the head would read.
@@ -50,6 +51,6 @@ def load(
         model = adapt.with_input_shape(model, input_shape)
     if not include_top:
         return adapt.without_top(model)
-    if classes is not None and classes != entry.classes:
+    if classes is not None:
         model = adapt.with_classes(model, classes)
     return model

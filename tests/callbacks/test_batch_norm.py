@@ -30,7 +30,7 @@ def calls(monkeypatch):
     """Where re-estimation would run: `(epoch, step in the epoch)`, filled by `Where`."""
     made = []
     monkeypatch.setattr(
-        batch_norm, "reestimate_batchnorm", lambda model, data, **_: made.append(dict(Where.now))
+        batch_norm, "reestimate", lambda model, *_: made.append(dict(Where.now))
     )
     return made
 

@@ -71,6 +71,10 @@ def _resnet(blocks, name, input_shape, classes, include_top) -> keras.Model:
     Reference:
         He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385, 4.2.
     """
+    if len(input_shape) != 3 or input_shape[-1] != len(PIXEL_MEAN):
+        raise ValueError(
+            f"{name} takes images (height, width, 3) in colour. Got input_shape={input_shape}"
+        )
     inputs = keras.Input(input_shape, name="image")
     x = K.Normalization(
         mean=PIXEL_MEAN, variance=tuple(d * d for d in PIXEL_DEVIATION), name="normalize"

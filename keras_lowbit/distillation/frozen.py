@@ -1,0 +1,24 @@
+"""A student under a frozen teacher, with the penalties of the student's layers."""
+
+from __future__ import annotations
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="keras_lowbit")
+class Distiller(keras.distillation.Distiller):
+    """`keras.distillation.Distiller` whose loss holds what the student's layers add.
+
+        loss = (1 - w) sum of distillation losses + w CE(student, y) + sum of the student's penalties
+
+    with `w = student_loss_weight`. Keras' own leaves the last sum out, so penalties that train
+    quantizers or kernels (`ChannelBalanced`, `PACT`, `attach_cosine`, `attach_dampening`, weight
+    regularizers) would do nothing. Arguments, `compile` and errors are those of Keras. Sample
+    weights are not used, as there: `MutualDistiller(frozen_teacher=True)` minds them.
+    """
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The loss above."""
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        return loss + sum(ops.sum(ops.cast(one, "float32")) for one in self.student.losses)
