@@ -109,7 +109,7 @@ def test_the_layer_goes_on_with_its_crops_after_a_checkpoint(tmp_path):
     "make", [RandomCropFlip, lambda pad: AugmentedBatches(images(), range(10), pad=pad)]
 )
 def test_a_negative_pad_is_refused(make):
-    with pytest.raises(ValueError, match=r"pad, in pixels, must be a whole number of 0 or more\. Got -1"):
+    with pytest.raises(ValueError, match=r"pad.* must be .*0 or more.*\. Got -1"):
         make(pad=-1)
 
 
