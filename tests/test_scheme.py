@@ -133,3 +133,22 @@ def test_signs_without_one_bit_are_refused():
         Scheme(1, 4, binary_activation="sign")
     with pytest.raises(ValueError, match=r"1-bit activations only.* binary_activation='sign'"):
         Scheme(1, 1, activation="sign")
+
+
+def test_eight_bit_layers_beside_dorefa_take_another_quantizer():
+    scheme = Scheme(4, 4, kernel="dorefa", exceptions={"a": "w8a8", "b": "w3a3"})
+    assert scheme.widths("end", is_end=True).kernel == "lsq"
+    assert scheme.widths("a", is_end=False).kernel == "lsq"
+    assert scheme.widths("b", is_end=False).kernel is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kernel_options": {"bits": 2}}, "bits follows from the scheme"),
+        ({"exceptions": ["a"]}, r"exceptions is a mapping\. Got \['a'\]"),
+    ],
+)
+def test_fields_of_a_wrong_form_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Scheme(**fields)

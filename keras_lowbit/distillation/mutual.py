@@ -139,6 +139,19 @@ class MutualDistiller(keras.Model):
         # Not given to Keras, which would apply it to the outputs of all nets.
         super().compile(optimizer=optimizer, **kwargs)
 
+    def get_compile_config(self):
+        """Arguments of `compile`, the loss among them."""
+        config = super().get_compile_config()
+        return config and {
+            **config,
+            "loss": keras.saving.serialize_keras_object(self.task_loss),
+        }
+
+    def compile_from_config(self, config):
+        """The reverse; variables of the optimizer are made, so that a file can fill them."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
     def call(self, inputs, training=None):
         """`{"float": [logits, maps...], "quantized": [[logits, maps...] of each net]}`."""
         teaching = False if self.frozen_teacher else training

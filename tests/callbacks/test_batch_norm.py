@@ -6,6 +6,8 @@ import pytest
 from keras import ops
 
 from keras_lowbit.callbacks import BatchNormReestimation, BitDescent, FreezeBatchNorm, batch_norm
+from keras_lowbit.distillation import MutualDistiller
+from keras_lowbit.transform.reestimate import reestimate_batchnorm
 from tests.callbacks import tiny
 
 
@@ -170,3 +172,62 @@ def test_freezing_that_cannot_happen_is_refused():
         tiny.train(dense(), [FreezeBatchNorm(2)], epochs=2)
     with pytest.raises(ValueError, match="no trainable batch norm"):
         tiny.train(dense(), [FreezeBatchNorm(0)], epochs=2)
+
+
+def test_batch_norms_of_a_student_under_a_distiller_are_reestimated():
+    x, _ = tiny.images()
+    student = tiny.model(compiled=False)
+    both = MutualDistiller(tiny.float_model(), [student])
+    both.compile(
+        keras.optimizers.SGD(0.0),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=keras.backend.backend() == "jax",
+    )
+    alone = tiny.model(compiled=False)
+    alone.set_weights(student.get_weights())
+    tiny.train(both, [BatchNormReestimation(x, batch_size=8)], epochs=1)
+    reestimate_batchnorm(alone, x, batch_size=8)
+    np.testing.assert_allclose(statistics(student), statistics(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_without_a_graph_is_refused_before_any_step():
+    class Bare(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = keras.layers.Dense(3)
+
+        def call(self, x):
+            return self.inner(keras.ops.reshape(x, (-1, 70)))
+
+    model = Bare()
+    tiny.compile_(model)
+    with pytest.raises(ValueError, match="no graph to read"):
+        tiny.train(model, [BatchNormReestimation(tiny.images()[0])], epochs=1)
+
+
+def test_averaged_weights_get_statistics_of_their_own():
+    x, _ = tiny.images()
+    model = tiny.model(compiled=False)
+    model.compile(
+        keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    tiny.train(model, [BatchNormReestimation(x, batch_size=8)], epochs=2)
+    kept = statistics(model)
+    reestimate_batchnorm(model, x, batch_size=8)
+    np.testing.assert_array_equal(kept, statistics(model))
+
+
+def test_a_freeze_that_was_interrupted_is_taken_off_by_the_next_fit():
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            raise KeyboardInterrupt
+
+    model, freeze = tiny.model(), FreezeBatchNorm(0)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(model, [freeze, Stop()], epochs=1)
+    freeze.on_train_end()
+    assert model.get_layer("bn2").trainable
+    tiny.train(model, [freeze], epochs=1)
+    assert model.get_layer("bn2").trainable

@@ -7,6 +7,7 @@ from keras_lowbit import layers, quantizers
 from keras_lowbit.callbacks import BitDescent
 from keras_lowbit.callbacks.sites import sites_of
 from keras_lowbit.quantizers import Quantizer
+from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.quantize_model import quantize_model
 from tests.callbacks import tiny
 
@@ -204,3 +205,30 @@ def test_kernels_of_one_width_are_passed_by_and_activations_descend():
     kernels = [bits["middle.kernel_quantizer"] for bits in watch.bits]
     activations = [bits["relu1_quantize.quantizer"] for bits in watch.bits]
     assert (kernels, activations) == ([2, 2], [8, 4])
+
+
+def test_averages_of_scales_follow_a_change_of_bits():
+    """At 8 to 2 bits a scale grows by 255 / 3; with rates of nothing its average must too."""
+    model = tiny.model("w2a2", compiled=False)
+    model.compile(
+        keras.optimizers.SGD(0.0, use_ema=True, ema_momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    before = {v.path: np.array(keras.ops.convert_to_numpy(v)) for v in model.trainable_variables}
+    tiny.train(model, [BitDescent({0: 8, 1: 2})], epochs=2)  # Keras puts the averages in at the end
+    after = {v.path: np.array(keras.ops.convert_to_numpy(v)) for v in model.trainable_variables}
+    for path in before:
+        np.testing.assert_allclose(after[path], before[path], rtol=1e-5, err_msg=path)
+
+
+def test_kernels_that_take_seven_bits_at_most_start_there():
+    scheme = Scheme(4, 4, kernel="dorefa")
+    model = tiny.model(scheme)
+    assert tiny.bits(model)["first.kernel_quantizer"] == 8  # an end, by LSQ
+    seen = []
+    record = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(tiny.bits(model)["middle.kernel_quantizer"])
+    )
+    tiny.train(model, [BitDescent({0: 8, 1: 4}), record], epochs=2)
+    assert seen == [7, 4]

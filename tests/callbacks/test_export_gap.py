@@ -2,7 +2,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_lowbit.callbacks import ExportGapMonitor, export_gap
+from keras_lowbit.callbacks import ExportGapMonitor, TwoStage, export_gap
+from keras_lowbit.distillation import MutualDistiller
 from keras_lowbit.transform.quantize_model import quantize_model
 from tests.callbacks import tiny
 
@@ -76,3 +77,22 @@ def test_a_model_that_cannot_be_frozen_is_refused_before_the_first_step():
 def test_bad_data_are_refused(data, message):
     with pytest.raises(ValueError, match=message):
         ExportGapMonitor(data)
+
+
+def test_while_quantizers_wait_nothing_is_logged(capsys):
+    x, y = tiny.images()
+    history = tiny.train(tiny.model(), [TwoStage(1), ExportGapMonitor((x, y))], epochs=2).history
+    assert "Epoch 1: quantizers are switched off" in capsys.readouterr().out
+    assert len(history["export_gap"]) == 1
+
+
+def test_under_a_distiller_the_quantized_model_is_watched():
+    x, y = tiny.images()
+    both = MutualDistiller(tiny.float_model(), [tiny.model(compiled=False)])
+    both.compile(
+        keras.optimizers.SGD(0.0),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=keras.backend.backend() == "jax",
+    )
+    history = tiny.train(both, [ExportGapMonitor((x, y), verbose=0)], epochs=1).history
+    assert len(history["frozen_accuracy"]) == 1

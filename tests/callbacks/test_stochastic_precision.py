@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_lowbit.callbacks import StochasticPrecision
+from keras_lowbit.callbacks import StochasticPrecision, TwoStage
 from keras_lowbit.callbacks.sites import sites_of
 from keras_lowbit.callbacks.stochastic_precision import units_of
+from keras_lowbit.callbacks.switches import add_switches
 from keras_lowbit.transform.quantize_model import quantize_model
 from tests.callbacks import tiny
 
@@ -181,3 +182,55 @@ def _begin(callback, model):
     callback.set_params({"epochs": 1})
     callback.set_model(model)
     callback.on_train_begin()
+
+
+class Shares(keras.callbacks.Callback):
+    """Which activations and kernels were on in each step."""
+
+    def __init__(self, model):
+        super().__init__()
+        quantizers = [site.quantizer for site in sites_of(model)]
+        self.roles = {
+            role: [q for q in quantizers if q.role == role] for role in ("kernel", "activation")
+        }
+        self.seen = {"kernel": [], "activation": []}
+
+    def on_train_batch_end(self, batch, logs=None):
+        _ = self.model
+        for role, found in self.roles.items():
+            self.seen[role].append(any(q.enabled for q in found))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_waits_for_the_second_stage_is_not_drawn(first):
+    model = tiny.model("w2a2")
+    stages, draws = TwoStage(2), StochasticPrecision(p0=0.9, p1=1.0, ramp=0.1)
+    shares = Shares(model)
+    tiny.train(model, [*([stages, draws] if first else [draws, stages]), shares], epochs=3)
+    assert shares.seen["activation"] == [False] * 6 + [True] * 3
+    assert all(shares.seen["kernel"])
+    assert all(site.quantizer.enabled for site in sites_of(model))
+
+
+def test_a_float_stage_stays_float():
+    model = tiny.model("w2a2")
+    add_switches(model, [site.quantizer for site in sites_of(model)])
+    for site in sites_of(model):
+        site.quantizer.set_enabled(False)
+    tiny.compile_(model)
+    shares = Shares(model)
+    tiny.train(model, [StochasticPrecision(p0=0.5), shares], epochs=1)
+    assert not any(shares.seen["kernel"] + shares.seen["activation"])
+
+
+def test_an_interrupted_fit_is_mended_by_the_next_or_by_hand():
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            raise KeyboardInterrupt
+
+    model, draws = tiny.model("w2a2"), StochasticPrecision(p0=0.0, p1=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(model, [draws, Stop()], epochs=1)
+    assert not any(site.quantizer.enabled for site in sites_of(model))
+    draws.on_train_end()
+    assert all(site.quantizer.enabled for site in sites_of(model))

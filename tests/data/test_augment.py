@@ -234,3 +234,18 @@ def test_batches_refuse_lengths_that_differ_and_no_images():
         Batches(images(0), [])
     with pytest.raises(ValueError, match=r"batch_size must be a whole number of 1 or more\. Got 0"):
         Batches(images(10), range(10), 0)
+
+
+def test_a_look_amid_a_pass_takes_no_place_in_it():
+    """As batch-norm re-estimation at the start of an epoch does."""
+    batches = AugmentedBatches(images(12), np.arange(12), 4)
+    expected = [batches[i][1].tolist() for i in range(3)]
+    batches.on_epoch_begin()
+    assert batches.batch_at(0)[1].tolist() == expected[0]
+    assert [batches[i][1].tolist() for i in (2, 0, 1)] == expected
+
+
+@pytest.mark.parametrize("options", [{"pad": 2.5}, {"batch_size": 2.5}, {"cutout": 1.5}])
+def test_halves_of_pixels_and_images_are_refused(options):
+    with pytest.raises(ValueError, match="must be a whole number"):
+        AugmentedBatches(images(10), range(10), **options)

@@ -140,3 +140,16 @@ def test_holdout_repeats_for_a_seed_and_differs_between_seeds():
 def test_holdout_of_nothing_or_everything_is_refused(n):
     with pytest.raises(ValueError, match=rf"must hold 1\.\.29 of the 30 images\. Got {n}"):
         holdout(Dataset(**arrays(30, 6)), n)
+
+
+def test_a_split_that_leaves_a_class_without_training_images_is_refused():
+    x = np.zeros((6, 4, 4, 3), "uint8")
+    data = Dataset(x, np.array([0, 0, 0, 0, 0, 1]), x, np.zeros(6, int))
+    with pytest.raises(ValueError, match="leaves no training image of class 1"):
+        holdout(data, 5)
+
+
+def test_identifiers_in_place_of_class_indices_are_refused():
+    x = np.zeros((2, 4, 4, 3), "uint8")
+    with pytest.raises(ValueError, match="holds the class index 4294967297"):
+        Dataset(x, np.array([0, 2**32 + 1]), x, np.zeros(2, int))

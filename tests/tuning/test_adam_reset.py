@@ -58,3 +58,28 @@ def test_what_makes_no_sense_is_refused():
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 5)
     with pytest.raises(ValueError, match="sets the learning rate itself"):
         fit(AdamResetCosine(), optimizer=keras.optimizers.Adam(schedule))
+
+
+def test_a_run_that_goes_on_has_the_rates_of_an_unbroken_one():
+    def rates(initial_epoch):
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.Adam(1e-3), "mse", jit_compile=False)
+        seen = []
+        note = keras.callbacks.LambdaCallback(
+            on_train_batch_begin=lambda batch, logs: seen.append(
+                float(ops.convert_to_numpy(model.optimizer.learning_rate))
+            )
+        )
+        x = np.ones((3, 1), "float32")
+        model.fit(
+            x,
+            x,
+            batch_size=1,
+            epochs=3,
+            initial_epoch=initial_epoch,
+            verbose=0,
+            callbacks=[AdamResetCosine(period=2, decay=0.1), note],
+        )
+        return seen
+
+    assert rates(2) == rates(0)[6:]

@@ -1,0 +1,74 @@
+"""A student under a frozen teacher: what its layers add to the loss counts."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_lowbit.callbacks import attach_dampening
+from keras_lowbit.distillation import Distiller, MutualDistiller
+from keras_lowbit.transform.calibrate import calibrate
+from keras_lowbit.transform.quantize_model import quantize_model
+from tests.callbacks import tiny
+
+
+def loss():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def distiller(student, student_loss_weight=1.0):
+    made = Distiller(
+        teacher=tiny.float_model(),
+        student=student,
+        distillation_losses=keras.distillation.LogitsDistillation(
+            1.0, keras.losses.KLDivergence()
+        ),
+        student_loss_weight=student_loss_weight,
+    )
+    made.compile(keras.optimizers.SGD(0.0), loss(), jit_compile=False)
+    return made
+
+
+def total(model, x, y):
+    return model.evaluate(x, y, verbose=0, return_dict=True)["loss"]
+
+
+def test_penalties_of_the_students_layers_are_in_the_loss():
+    x, y = tiny.images(8)
+    student = calibrate(quantize_model(tiny.float_model(), "w2a2"), x)
+    without = total(distiller(student), x, y)
+    attach_dampening(student, 1000.0)
+    tiny.compile_(student)
+    added = float(sum(np.asarray(keras.ops.convert_to_numpy(one)) for one in penalties(student, x)))
+    assert added > 1.0
+    assert total(distiller(student), x, y) == pytest.approx(without + added, rel=1e-5)
+    # The same sum as the plain model trains on.
+    assert total(student, x, y) == pytest.approx(without + added, rel=1e-5)
+
+
+def penalties(model, x):
+    model(x, training=False)
+    return model.losses
+
+
+def test_a_mutual_distiller_saves_amid_training_and_loads(tmp_path):
+    x, y = tiny.images()
+    student = calibrate(quantize_model(tiny.float_model(), "w4a4"), x)
+    made = MutualDistiller(
+        tiny.float_model(), [student], temperature=2.0, hints=[("relu2", "relu2_quantize")]
+    )
+    made.compile(keras.optimizers.SGD(0.01), loss(), jit_compile=False)
+    save = keras.callbacks.ModelCheckpoint(str(tmp_path / "m.keras"))
+    tiny.train(made, [save], epochs=1)
+    again = keras.models.load_model(tmp_path / "m.keras")
+    assert again.get_config()["temperature"] == [2.0]
+    assert again.hints == made.hints
+    assert again.optimizer.iterations == made.optimizer.iterations == 3
+    outputs = [keras.ops.convert_to_numpy(m(x, training=False)) for m in again.quantized_models]
+    np.testing.assert_array_equal(outputs[0], keras.ops.convert_to_numpy(student(x, training=False)))
+
+
+def test_models_that_end_in_probabilities_are_refused():
+    inner = tiny.float_model()
+    model = keras.Model(inner.inputs, keras.layers.Softmax()(inner.output), name="probable")
+    with pytest.raises(ValueError, match="probable ends in probabilities"):
+        MutualDistiller(model, [quantize_model(model, "w4a4")])
