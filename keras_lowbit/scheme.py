@@ -127,7 +127,9 @@ class Scheme:
                 raise ValueError(f"Scheme: {name} is a mapping. Got {getattr(self, name)!r}")
             own = [key for key in _DECIDED if name != "exceptions" and key in getattr(self, name)]
             if own:
-                raise ValueError(f"Scheme: {own[0]} follows from the scheme; leave it out of {name}")
+                raise ValueError(
+                    f"Scheme: {own[0]} follows from the scheme; leave it out of {name}"
+                )
         for widths in self.exceptions.values():
             if widths is not None:
                 Widths.parse(widths)

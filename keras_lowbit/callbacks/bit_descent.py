@@ -29,8 +29,8 @@ class BitDescent(keras.callbacks.Callback):
 
     The bits in force follow from the epoch alone, so a run that resumes
     (`keras.callbacks.BackupAndRestore`, `Resume`, `initial_epoch=`) goes on as if never killed.
-    Keras' `EarlyStopping(restore_best_weights=True)` and `ModelCheckpoint(save_best_only=True)` know
-    nothing of bits: weights of an epoch before the last change are those of a wider net.
+    Keras' `EarlyStopping(restore_best_weights=True)` and `ModelCheckpoint(save_best_only=True)`
+    know nothing of bits: weights of an epoch before the last change are those of a wider net.
 
     Args:
         plan: `{epoch: bits}`, epochs from 0. Before its first epoch bits stay as they are.

@@ -154,8 +154,12 @@ class _Run:
         """Refuse what cannot be quantized or exported before anything is trained."""
         if self.recipe.model.fold:
             model = fold_batchnorm(model)
-        made = quantize_model(model, self.recipe.scheme)
-        export = self.recipe.export
+        scheme, export = self.recipe.scheme, self.recipe.export
+        made = quantize_model(model, scheme)
+        if scheme.kernel == "levels":  # reals until they are snapped, behind training
+            made = quantize_model(
+                model, dataclasses.replace(scheme, kernel="lsq", kernel_options={})
+            )
         objections = tflite_export.check(made, export.target) if export.weights else []
         if objections:
             listed = "\n  ".join(objections)

@@ -259,7 +259,10 @@ def _ends_in_probabilities(model):
     last = model.outputs[0]._keras_history.operation
     if isinstance(last, keras.layers.Softmax):
         return True
-    return getattr(last, "activation", None) in (keras.activations.softmax, keras.activations.sigmoid)
+    return getattr(last, "activation", None) in (
+        keras.activations.softmax,
+        keras.activations.sigmoid,
+    )
 
 
 def _checked_temperatures(temperature, count) -> list[float]:

@@ -80,7 +80,9 @@ def get(identifier, **defaults):
             try:
                 return _BY_NAME[key](**defaults)
             except TypeError as error:
-                raise ValueError(f"Quantizer {key!r} cannot be made of {defaults}: {error}") from error
+                raise ValueError(
+                    f"Quantizer {key!r} cannot be made of {defaults}: {error}"
+                ) from error
         near = difflib.get_close_matches(key, _BY_NAME, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown quantizer {identifier!r}; known: {sorted(_BY_NAME)}.{hint}")

@@ -31,9 +31,7 @@ class Record(keras.callbacks.Callback):
 def calls(monkeypatch):
     """Where re-estimation would run: `(epoch, step in the epoch)`, filled by `Where`."""
     made = []
-    monkeypatch.setattr(
-        batch_norm, "reestimate", lambda model, *_: made.append(dict(Where.now))
-    )
+    monkeypatch.setattr(batch_norm, "reestimate", lambda model, *_: made.append(dict(Where.now)))
     return made
 
 

@@ -307,3 +307,13 @@ def test_json_files_are_whole_or_damaged_in_words(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match=r"a\.json is damaged"):
         files.read_json(path)
+
+
+def test_evaluate_refuses_data_of_more_classes(run, made, tmp_path):
+    digits = np.load(made / "digits.npz")
+    more = dict(digits) | {"y_train": np.where(digits["y_train"] == 9, 10, digits["y_train"])}
+    np.savez(tmp_path / "more.npz", **more)
+    for name in ("w4a4.keras", "w4a4.tflite"):
+        outcome = run("evaluate", made / name, "--data", tmp_path / "more.npz")
+        assert outcome.code == 2
+        assert "tells 10 classes apart; more.npz has 11" in outcome.error

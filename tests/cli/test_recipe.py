@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_lowbit import quantizers
 from keras_lowbit.cli import trainer
 from keras_lowbit.cli.recipe import changed, read_recipe
 
@@ -127,3 +128,17 @@ def test_a_folded_model_is_rescaled_on_the_calibration_images(tmp_path, monkeypa
     dataset = types.SimpleNamespace(x_train=np.zeros((5, 4, 4, 1), np.uint8))
     assert trainer.folded(made, read(tmp_path, text), dataset) is not made
     assert seen == [(3, "cle", {"InputLayer", "Conv2D"})]
+
+
+@pytest.mark.once
+def test_a_float_recipe_has_nothing_to_distill_into(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text("[quantize]\nscheme = ''\n[train]\nepochs = 2\ndistill = 0.5\n")
+    with pytest.raises(ValueError, match=r"distill needs a \[quantize\] scheme"):
+        read_recipe(path)
+
+
+@pytest.mark.once
+def test_options_of_a_wrong_type_are_one_error():
+    with pytest.raises(ValueError, match="Quantizer 'pact' cannot be made of"):
+        quantizers.get("pact", role="activation", alpha="x")

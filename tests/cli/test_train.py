@@ -297,3 +297,69 @@ def test_history_has_one_row_an_epoch_and_numbers_that_read_back(tmp_path):
     assert rows == [{"epoch": 0, "loss": 1.0}, {"epoch": 1, "loss": 0.25}]
     history.on_epoch_end(2, {"loss": third, "val_loss": 2.0})
     assert fitting.read_history(tmp_path / "h.csv")[2]["loss"] == third
+
+
+@pytest.mark.parametrize(
+    ("quantize", "why"),
+    [
+        ({"kernel": "lsqx"}, "Unknown quantizer 'lsqx'"),
+        ({"exceptions": {"nosuch*": "w8a8"}}, "nosuch"),
+        ({"exceptions": {"mix": "float"}}, "mix stayed float"),
+    ],
+)
+def test_what_cannot_be_quantized_or_exported_is_refused_before_the_float_model_trains(
+    run, recipe, tmp_path, monkeypatch, quantize, why
+):
+    monkeypatch.setattr("keras_lowbit.cli.trainer.fit", lambda *a, **k: pytest.fail("trains"))
+    path = recipe(pretrain={"epochs": 1}, quantize=quantize)
+    outcome = run("train", path, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert why in outcome.err
+
+
+def test_a_model_that_no_file_can_hold_trains_without_files(run, recipe, tmp_path):
+    path = recipe(quantize={"exceptions": {"mix": "float"}}, export={"weights": []})
+    outcome = run("train", path, "--out", tmp_path / "out", "--epochs=1")
+    assert outcome.code == 0, outcome.err
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(metrics["accuracy"]) == {"float", "quantized"}
+
+
+def test_distillation_from_a_net_that_nothing_trained_is_refused(run, recipe, tmp_path):
+    path = recipe(
+        data={"name": "digits", "channels": 3},
+        model={"architecture": "resnet8"},
+        train={"distill": 0.5, "epochs": 1},
+    )
+    outcome = run("train", path, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert "distill needs a trained float model" in outcome.error
+
+
+def test_colour_nets_refuse_grey_images_in_one_line(run, recipe, tmp_path):
+    path = recipe(model={"architecture": "resnet20"}, train={"epochs": 1})
+    outcome = run("train", path, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert "resnet20 takes images (height, width, 3) in colour" in outcome.error
+
+
+def test_the_float_model_is_measured_as_it_was_before_its_twin_learned(run, recipe, tmp_path):
+    figures = {}
+    for name, methods in (("alone", {}), ("mutual", {"mutual": True})):
+        path = recipe(train={"distill": 0.5, "epochs": 1, "learning_rate": 0.2}, methods=methods)
+        assert run("train", path, "--out", tmp_path / name).code == 0
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        figures[name] = metrics["accuracy"]["float"]["right"]
+    assert figures["alone"] == figures["mutual"]
+
+
+def test_what_callbacks_log_is_in_the_history(run, recipe, tmp_path):
+    path = recipe(
+        quantize={"scheme": "wta8"},
+        train={"epochs": 2, "distill": 0.5},
+        methods={"pull": 1.0, "switch_epoch": 1},
+    )
+    outcome = run("train", path, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    history = fitting.read_history(tmp_path / "out" / "history.csv")
+    assert all(0 < row["ternary_cosine"] <= 1 for row in history)

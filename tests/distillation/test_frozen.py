@@ -19,9 +19,7 @@ def distiller(student, student_loss_weight=1.0):
     made = Distiller(
         teacher=tiny.float_model(),
         student=student,
-        distillation_losses=keras.distillation.LogitsDistillation(
-            1.0, keras.losses.KLDivergence()
-        ),
+        distillation_losses=keras.distillation.LogitsDistillation(1.0, keras.losses.KLDivergence()),
         student_loss_weight=student_loss_weight,
     )
     made.compile(keras.optimizers.SGD(0.0), loss(), jit_compile=False)
@@ -51,7 +49,7 @@ def penalties(model, x):
 
 
 def test_a_mutual_distiller_saves_amid_training_and_loads(tmp_path):
-    x, y = tiny.images()
+    x, _ = tiny.images()
     student = calibrate(quantize_model(tiny.float_model(), "w4a4"), x)
     made = MutualDistiller(
         tiny.float_model(), [student], temperature=2.0, hints=[("relu2", "relu2_quantize")]
@@ -64,7 +62,9 @@ def test_a_mutual_distiller_saves_amid_training_and_loads(tmp_path):
     assert again.hints == made.hints
     assert again.optimizer.iterations == made.optimizer.iterations == 3
     outputs = [keras.ops.convert_to_numpy(m(x, training=False)) for m in again.quantized_models]
-    np.testing.assert_array_equal(outputs[0], keras.ops.convert_to_numpy(student(x, training=False)))
+    np.testing.assert_array_equal(
+        outputs[0], keras.ops.convert_to_numpy(student(x, training=False))
+    )
 
 
 def test_models_that_end_in_probabilities_are_refused():

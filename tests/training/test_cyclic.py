@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_lowbit.callbacks import BitDescent
+from keras_lowbit.callbacks import BitDescent, DampenOscillations
 from keras_lowbit.callbacks.sites import sites_of
 from keras_lowbit.distillation import MutualDistiller
-from keras_lowbit.training import CyclicTraining, Stage, StagePlan, stages
+from keras_lowbit.training import CyclicTraining, Stage, StagePlan, files, stages
 from tests.callbacks import tiny
 from tests.training import cyclic_job
 
@@ -303,3 +303,33 @@ class TestBadInputOfFit:
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match="is a file; give a directory"):
             train(tiny.model("w2a2"), CyclicTraining(self.plan, 1), directory=tmp_path / "file")
+
+
+def test_variables_that_callbacks_add_are_no_part_of_what_is_kept(tmp_path):
+    """Only the second descent dampens, so the weights kept before had no variable for it."""
+    plan = StagePlan.descent((4, 2), epochs=1, learning_rate=1e-3)
+    training = CyclicTraining(
+        plan, 2, FLOAT, reestimate_batches=0, monitor="accuracy_is", mode="max"
+    )
+
+    class Better(keras.callbacks.Callback):
+        """A figure by which the first cycle is the best."""
+
+        def __init__(self, visit):
+            super().__init__()
+            self.value = -float(visit.cycle)
+
+        def on_epoch_end(self, epoch, logs=None):
+            logs["accuracy_is"] = self.value
+
+    def callbacks(visit):
+        return [Better(visit), *([DampenOscillations()] if visit.cycle == 2 else [])]
+
+    model = tiny.model("w2a2", compiled=False)
+    result = train(model, training, callbacks=callbacks, directory=tmp_path / "run")
+    assert result.best_cycle == 1
+    kept = [np.asarray(ops.convert_to_numpy(v)) for v in model.trainable_variables]
+    other = tiny.model("w2a2", compiled=False)
+    files.read_state(other, tmp_path / "run" / "exit_001.npz")
+    for a, b in zip(kept, other.trainable_variables, strict=True):
+        np.testing.assert_array_equal(a, ops.convert_to_numpy(b))

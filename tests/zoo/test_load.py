@@ -225,3 +225,31 @@ def test_a_new_head_trains_and_exports_with_no_wrong_code(release, shelf):
     )
     model.fit(pixels, np.arange(16) % 3, epochs=1, verbose=0)
     assert tflite_export.convert(model, verify=pixels[:2]).mismatches == 0
+
+
+def test_as_many_classes_of_ones_own_get_a_fresh_head_too(release, shelf):
+    _, content, _ = release
+    (shelf / "tiny_w4a4.keras").write_bytes(content)
+    trained = load("tiny_w4a4")
+    count = trained.output_shape[-1]
+    model = load("tiny_w4a4", classes=count)
+    kernel = model.get_layer(f"logits_{count}").kernel
+    old = trained.get_layer("logits").kernel
+    assert not np.array_equal(keras.ops.convert_to_numpy(kernel), keras.ops.convert_to_numpy(old))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": "3"}, "classes must be a whole number of 1 or more. Got '3'"),
+        ({"classes": True}, "classes must be a whole number"),
+        ({"classes": 3.7}, "classes must be a whole number"),
+        ({"input_shape": 48}, "input_shape is height, width and channels in pixels. Got 48"),
+        ({"input_shape": (48.5, 48, 3)}, "input_shape is height, width and channels"),
+    ],
+)
+def test_shapes_and_classes_that_are_no_whole_numbers_are_refused(release, shelf, options, message):
+    _, content, _ = release
+    (shelf / "tiny_w4a4.keras").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load("tiny_w4a4", **options)
