@@ -17,7 +17,8 @@ class AdamResetCosine(keras.callbacks.Callback):
         rate(t) = base * exp(-decay * t) * |cos(pi / 4 * r / period)| + floor,   r = t mod period
 
     Steps count from epoch 0, so `initial_epoch=`, `BackupAndRestore` and `Resume` go on with the
-    rates that an unbroken run has, where the number of steps an epoch is known. At `r = 0` the optimizer's moments are set to zero. With `pi / 4` the cosine falls to 0.71.
+    rates that an unbroken run has, where the number of steps an epoch is known. At `r = 0` the
+    optimizer's moments are set to zero. With `pi / 4` the cosine falls to 0.71.
 
     A `fit` that ends in an exception or by the keyboard leaves the rate of its last step: the next
     `fit` with this callback gives the base rate back first, or call `on_train_end()`.

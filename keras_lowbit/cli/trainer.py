@@ -74,8 +74,8 @@ def run_recipe(
         given.weights or recipe.pretrain.epochs or Path(given.architecture).suffix
     ):
         raise ValueError(
-            f"{recipe.name} [train]: distill needs a trained float model. Give [pretrain] epochs, or "
-            "weights"
+            f"{recipe.name} [train]: distill needs a trained float model. Give [pretrain] epochs, "
+            "or weights"
         )
     settings = dataclasses.asdict(recipe)
     settings["export"]["weights"] = list(settings["export"]["weights"])
@@ -164,8 +164,8 @@ class _Run:
         if objections:
             listed = "\n  ".join(objections)
             raise ValueError(
-                f"{self.recipe.name}: no file can hold this model; [export] weights = [] trains and "
-                f"measures it without:\n  {listed}"
+                f"{self.recipe.name}: no file can hold this model; [export] weights = [] trains "
+                f"and measures it without:\n  {listed}"
             )
 
     def _trained(self, name, model, train, teacher):

@@ -127,8 +127,8 @@ def holdout(dataset: Dataset, n: int = 5000, seed: int = 0) -> Dataset:
 def stratified(labels: np.ndarray, n: int, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Split indices in two so that every class keeps its share.
 
-    A class with `m` of `t` labels gives `n * m / t` of them, rounded by largest remainder, and keeps
-    one at least.
+    A class with `m` of `t` labels gives `n * m / t` of them, rounded by largest remainder, and
+    keeps one at least.
 
     Args:
         labels: class indices `(t,)`.

@@ -10,7 +10,7 @@ from keras import ops
 class Distiller(keras.distillation.Distiller):
     """`keras.distillation.Distiller` whose loss holds what the student's layers add.
 
-        loss = (1 - w) sum of distillation losses + w CE(student, y) + sum of the student's penalties
+        loss = (1 - w) sum of distillation losses + w CE(student, y) + the student's penalties
 
     with `w = student_loss_weight`. Keras' own leaves the last sum out, so penalties that train
     quantizers or kernels (`ChannelBalanced`, `PACT`, `attach_cosine`, `attach_dampening`, weight

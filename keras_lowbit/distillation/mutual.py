@@ -50,8 +50,9 @@ class MutualDistiller(keras.Model):
         hint_weight: weight of the hints.
 
     Raises:
-        ValueError: models of other inputs or outputs, or that end in a softmax; shared variables, weights below 0, a
-            temperature not positive, unknown hint layers; in `compile`, a loss on probabilities.
+        ValueError: models of other inputs or outputs, or that end in a softmax; shared variables,
+            weights below 0, a temperature not positive, unknown hint layers; in `compile`, a loss
+            on probabilities.
 
     Reference:
         Zhuang et al., arXiv:1908.04680, joint knowledge distillation, as in the authors' code;

@@ -29,7 +29,7 @@ def write_state(model: keras.Model, path: Path) -> None:
     """All variables of a model, random states included, optimizer excluded.
 
     Neither those that callbacks add to quantizers while `fit` runs (switches, pulls): stages and
-    callbacks set them, and a model that has met its callbacks must read what one wrote that had not.
+    callbacks set them, and a model that has met its callbacks must read what another wrote.
     """
     unfinished = path.with_name(f"{path.stem}.unfinished.npz")
     arrays = [np.asarray(ops.convert_to_numpy(v)) for v in _kept(model)]
