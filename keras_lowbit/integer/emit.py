@@ -174,9 +174,6 @@ class Emitter:
         return self._product(replace(identity(value, name), relu=value.relu), grid, name)
 
     def _move(self, value, grid, name):
-        if grid.signs and value.op is ir.AveragePool2D:
-            mean = self.put(value, value.parts[0].grid, f"{name}_mean")
-            return self._requantize(mean, grid, name)
         parts = [
             self.put(part, grid, f"{name}_{i}" if len(value.parts) > 1 else f"{name}_source")
             for i, part in enumerate(value.parts)

@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.values import Linear, Moved, NotExportable, OnGrid
+from keras_lowbit.numerics.grid import Grid
 
 
 def _moved(lowering, call, op, **attributes):
@@ -47,7 +48,7 @@ def _pool_attributes(call):
 
 
 def average_pool(lowering, call):
-    """A mean over windows: one rounding, where no padding is counted."""
+    """A mean over windows: one rounding, or two where windows reach over the border."""
     pool, strides, padding = _pool_attributes(call)
     value = lowering.grid_tensor(call)
     exact = all(
@@ -55,11 +56,26 @@ def average_pool(lowering, call):
         for n, k, s in zip(value.shape[1:3], pool, strides, strict=True)
     )
     if padding == "SAME" and not exact:
-        # The runtime, like Keras, does not count padding: no kernel of ones can say that.
+        # The runtime, like Keras, does not count padding: no kernel of ones can say that. Its mean
+        # stays on the grid of what it reads: another one would clip what goes into a mean.
         attributes = {"pool": pool, "strides": strides, "padding": padding}
+        fine = lowering.emitter.put(value, _eight_bits(value.grid), f"{call.name}_source")
         shape = lowering.shape(call.output)
-        return Moved(ir.AveragePool2D, (value,), attributes, shape, call.name)
+        return _staying(
+            lowering, Moved(ir.AveragePool2D, (fine,), attributes, shape, call.name), call.name
+        )
     return _window_sum(lowering, call, value, pool, strides, lowering.shape(call.output))
+
+
+def _eight_bits(grid):
+    """The grid, or one of 8 bits on which each of its reals is a code, for finer means."""
+    if grid.bits >= 8:
+        return grid
+    if grid.signs:
+        return Grid(float(grid.scale) / 254, -128, 127, 8)  # -scale / 2 and scale / 2
+    steps = 127 // grid.hi if grid.signed else 255 // grid.hi
+    lo, hi = (-128, 127) if grid.signed else (0, 255)
+    return Grid(float(grid.scale) / steps, lo, hi, 8)
 
 
 def _window_sum(lowering, call, value, pool, strides, shape):
