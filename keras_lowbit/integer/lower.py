@@ -27,6 +27,7 @@ from keras_lowbit.integer.values import (
 from keras_lowbit.kinds import (
     OF_TWO_TENSORS,
     activation_name,
+    is_last_axis,
     kind_of,
     limit_of,
     scaling_of,
@@ -307,9 +308,18 @@ def _activated(value, call):
             f"{call.name}: {name} becomes two tensors with grids of their own, which "
             "quantize_model puts there; in a model built by hand, write it as a product or a sum"
         )
+    if name == "softmax_variant":
+        raise NotExportable(_other_axis(call))
     raise NotExportable(
         f"{call.name}: activation {name!r} has no exact integer form. "
         "Use relu, relu6, leaky_relu, hard_sigmoid, sigmoid, silu, hard_silu, softmax or linear"
+    )
+
+
+def _other_axis(call):
+    return (
+        f"{call.name}: only a softmax over the last axis has an integer form, and "
+        "this one runs over another"
     )
 
 
@@ -317,6 +327,10 @@ def _activation(lowering, call):
     name = activation_name(call.operation)
     if name in _PROBABILITIES:
         value = lowering.grid_tensor(call)
+        # The name is that of a layer's first call; this one may be of a tensor of another rank.
+        shared = name == "softmax" and hasattr(call.operation, "axis")
+        if shared and not is_last_axis(call.operation, len(value.shape)):
+            raise NotExportable(_other_axis(call))
         wanted = lowering.emitter.name(call.name)
         tensor = ir.Tensor(wanted, value.shape, "int8", PROBABILITY_GRID.scale, -128)
         lowering.emitter.tensors[wanted] = tensor
@@ -423,6 +437,7 @@ RULES = {
     "average_pool": moves.average_pool,
     "global_average_pool": moves.global_average_pool,
     "pad": moves.pad,
+    "filled_pad": moves.pad,
     "upsample": moves.upsample,
     "reshape": moves.reshape,
     "dropout": moves.same,

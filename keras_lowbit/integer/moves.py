@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.values import Linear, Moved, NotExportable, OnGrid
+from keras_lowbit.kinds import padding_value
 from keras_lowbit.numerics.grid import Grid
 
 
@@ -135,8 +136,7 @@ def pad(lowering, call):
     operation = call.operation
     if hasattr(operation, "pad_width"):
         widths = tuple((int(a), int(b)) for a, b in operation.pad_width)
-        constant = dict(call.kwargs).get("constant_values") or (call.args[1:] or (0,))[0]
-        if operation.mode != "constant" or constant not in (None, 0, 0.0):
+        if operation.mode != "constant" or padding_value(call):
             raise NotExportable(f"{call.name}: only zero padding is supported")
     else:
         widths = ((0, 0), *(tuple(p) for p in operation.padding), (0, 0))
