@@ -163,6 +163,21 @@ def scaling_of(call: Call) -> tuple[np.ndarray, np.ndarray] | None:
     return tuple(x.reshape(() if x.size == 1 else (channels,)) for x in arrays)
 
 
+def normalizing_of(layer: K.Normalization) -> tuple[np.ndarray, np.ndarray] | None:
+    """`(gain, shift)` of a built `Normalization`: `gain * x + shift`, one of each or one a channel.
+
+    `None` where it has numbers of its own for other axes than the last.
+    """
+    mean, variance = (
+        np.asarray(ops.convert_to_numpy(x), np.float64) for x in (layer.mean, layer.variance)
+    )
+    if any(n != 1 for n in mean.shape[:-1]):
+        return None
+    deviation = np.maximum(np.sqrt(variance.reshape(-1)), keras.config.epsilon())
+    mean = mean.reshape(-1)
+    return (deviation, mean) if layer.invert else (1.0 / deviation, -mean / deviation)
+
+
 def _constant(value):
     """A number or an array as float64; `None` for anything that may change."""
     if isinstance(value, (keras.Variable, Ref)):

@@ -6,12 +6,12 @@ from dataclasses import fields, replace
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.lower import Lowering
 from keras_lowbit.integer.values import NotExportable, OnGrid, Probabilities
+from keras_lowbit.kinds import normalizing_of
 
 TYPES = ("float32", "int8", "uint8")
 WEIGHTS = ("int8", "int4", "int4_all")
@@ -82,8 +82,8 @@ def _pixels(preprocessing, program):
         )
     given = preprocessing
     if isinstance(given, keras.layers.Normalization):
-        deviation = np.maximum(np.sqrt(_row(given.variance)), 1e-7)
-        given = (1.0 / deviation, -_row(given.mean) / deviation)
+        # `None` fits nothing and is refused below.
+        given = None if given.mean is None else normalizing_of(given)
     elif isinstance(given, keras.layers.Rescaling):
         given = (given.scale, given.offset)
     channels = program.inputs[0].shape[-1]
@@ -98,10 +98,6 @@ def _pixels(preprocessing, program):
             f"{channels} of them, or a Rescaling or Normalization layer. Got {preprocessing!r}"
         )
     return tuple(float(x.reshape(-1)[0]) if x.size == 1 else x for x in (scale, offset))
-
-
-def _row(tensor):
-    return np.asarray(ops.convert_to_numpy(tensor), np.float64).reshape(-1)
 
 
 def _input_ends(lowering, input_type):

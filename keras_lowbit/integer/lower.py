@@ -30,6 +30,7 @@ from keras_lowbit.kinds import (
     is_last_axis,
     kind_of,
     limit_of,
+    normalizing_of,
     scaling_of,
 )
 from keras_lowbit.numerics.grid import Grid
@@ -355,12 +356,13 @@ def _batch_norm(lowering, call):
 
 
 def _normalization(lowering, call):
-    layer = call.operation
-    channels = call.output.shape[-1]
-    mean = np.broadcast_to(_numpy(layer.mean).reshape(-1), (channels,))
-    deviation = np.maximum(np.sqrt(_numpy(layer.variance).reshape(-1)), 1e-7)
-    gain = np.broadcast_to(1.0 / deviation, (channels,))
-    return _affine(lowering.read(call), gain, -mean * gain, call)
+    known = normalizing_of(call.operation)
+    if known is None:
+        raise NotExportable(
+            f"{call.name}: only one mean and variance, or one a channel, can be exported. "
+            f"Got axis={call.operation.axis}"
+        )
+    return _affine(lowering.read(call), *known, call)
 
 
 def _affine(value, gain, shift, call):

@@ -38,7 +38,18 @@ def max_pool(lowering, call):
     return _moved(lowering, call, ir.MaxPool2D, pool=pool, strides=strides, padding=padding)
 
 
+def _check_layout(call):
+    """Images have their channels last: in any other layout a window would slide over them."""
+    layout = getattr(call.operation, "data_format", None)
+    if layout == "channels_first" and len(call.inputs[0].shape) > 2:
+        raise NotExportable(
+            f"{call.name}: data_format='channels_first' has no integer form. Build the layer with "
+            "'channels_last'"
+        )
+
+
 def _pool_attributes(call):
+    _check_layout(call)
     operation = call.operation
     pool = operation.pool_size
     pool = (pool, pool) if isinstance(pool, int) else tuple(pool)
@@ -117,10 +128,10 @@ def global_max_pool(lowering, call):
 
 def _whole_window(call, value, what):
     """Window and output shape, with its axes kept, of what is taken over height and width."""
+    _check_layout(call)
     axis = getattr(call.operation, "axis", (1, 2))
     axes = () if axis is None else tuple(a % 4 for a in np.atleast_1d(axis))
-    layout = getattr(call.operation, "data_format", "channels_last")
-    if len(value.shape) != 4 or axes != (1, 2) or layout != "channels_last":
+    if len(value.shape) != 4 or axes != (1, 2):
         raise NotExportable(f"{call.name}: only a {what} over height and width is supported")
     return value.shape[1:3], (value.shape[0], 1, 1, value.shape[-1])
 
@@ -133,6 +144,7 @@ def _without_window(call, value, shape):
 
 def pad(lowering, call):
     """Zeros around a tensor."""
+    _check_layout(call)
     operation = call.operation
     if hasattr(operation, "pad_width"):
         widths = tuple((int(a), int(b)) for a, b in operation.pad_width)
@@ -145,17 +157,19 @@ def pad(lowering, call):
 
 def upsample(lowering, call):
     """Every code repeated."""
+    _check_layout(call)
     layer = call.operation
-    if layer.interpolation != "nearest" or layer.data_format != "channels_last":
+    if layer.interpolation != "nearest":
         raise NotExportable(
-            f"{call.name}: only interpolation='nearest' of channels-last images has an integer "
-            f"form. Got {layer.interpolation!r}, {layer.data_format!r}"
+            f"{call.name}: only interpolation='nearest' has an integer form. "
+            f"Got {layer.interpolation!r}"
         )
     return _moved(lowering, call, ir.ResizeNearest, factors=tuple(layer.size))
 
 
 def reshape(lowering, call):
     """The same codes in another shape."""
+    _check_layout(call)
     return _moved(lowering, call, ir.Reshape)
 
 

@@ -94,6 +94,39 @@ def test_batch_norm_becomes_scales_signs_and_a_bias():
     np.testing.assert_array_equal(op.bias, np.rint(np.array([7.0, 0.0]) / unit))
 
 
+@pytest.mark.parametrize(
+    ("options", "gain", "shift"),
+    [
+        # (x - 1) / 2 and (x - 2) / 4; the other way round x * 2 + 1 and x * 4 + 2
+        ({"mean": [1.0, 2.0], "variance": [4.0, 16.0]}, (0.5, 0.25), (-0.5, -0.5)),
+        ({"mean": [1.0, 2.0], "variance": [4.0, 16.0], "invert": True}, (2, 4), (1, 2)),
+        ({"mean": 1.0, "variance": 4.0, "axis": None}, (0.5, 0.5), (-0.5, -0.5)),
+    ],
+)
+def test_normalization_becomes_a_gain_and_a_bias(options, gain, shift):
+    inputs = keras.Input((4, 4, 2))
+    x = K.Conv2D(2, 1, use_bias=False, name="c")(inputs)
+    small = calibrate(
+        quantize_model(keras.Model(inputs, K.Normalization(**options)(x))), data(4, 4, 2)
+    )
+    _, scale = small.get_layer("c").kernel_quantizer.encode(small.get_layer("c").kernel)
+    op, graph = one(small, "conv_2d", input_type="int8", output_type="int8")
+    wanted = ops.convert_to_numpy(scale).reshape(-1) * np.array(gain)
+    np.testing.assert_allclose(op.kernel_scale, wanted, rtol=1e-6)  # float32
+    unit = graph.tensors[op.inputs[0]].scale * op.kernel_scale
+    np.testing.assert_array_equal(op.bias, np.rint(np.array(shift) / unit))
+
+
+def test_normalization_by_pixel_is_refused_by_name():
+    inputs = keras.Input((4, 4, 2))
+    x = K.Conv2D(2, 1)(inputs)
+    layer = K.Normalization((1, 2, 3), name="by_pixel")
+    layer.adapt(data(4, 4, 2))
+    small = calibrate(quantize_model(keras.Model(inputs, layer(x))), data(4, 4, 2))
+    with pytest.raises(NotExportable, match=r"by_pixel: .*one a channel.*axis=\(1, 2, 3\)"):
+        integer_graph(small)
+
+
 def test_a_channel_without_gain_keeps_its_bias_and_a_normal_scale():
     inputs = keras.Input((4, 4, 2))
     x = K.BatchNormalization(name="bn")(K.Conv2D(3, 1, name="c")(inputs))

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_lowbit import calibrate, quantize_model, quantizers
+from keras_lowbit import NotExportable, calibrate, quantize_model, quantizers
 from keras_lowbit import layers as quantized_layers
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
@@ -72,3 +72,33 @@ def test_a_padded_average_pool_of_few_codes_keeps_the_digits_of_its_mean(quantiz
     found = reference.run(graph, {graph.inputs[0]: row(*values)})[graph.outputs[0]]
     expected = [np.mean(values[:2]), values[2]]
     np.testing.assert_allclose(found.reshape(-1), expected, atol=0.02)  # two steps of 8 bits
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        K.Flatten,
+        lambda **options: K.MaxPooling2D(2, **options),
+        lambda **options: K.AveragePooling2D(2, **options),
+        lambda **options: K.AveragePooling2D(3, padding="same", **options),
+        K.GlobalMaxPooling2D,
+        K.GlobalAveragePooling2D,
+        K.ZeroPadding2D,
+        K.UpSampling2D,
+    ],
+)
+def test_channels_that_come_first_are_refused_by_name(layer):
+    inputs = keras.Input((4, 6, 8))
+    x = layer(data_format="channels_first", name="turned")(copied(inputs))
+    model = keras.Model(inputs, K.Dense(2)(x if len(x.shape) == 2 else K.Flatten()(x)))
+    small = calibrate(quantize_model(model), np.ones((1, 4, 6, 8), np.float32))
+    with pytest.raises(NotExportable, match="turned: data_format='channels_first' has no integer"):
+        integer_graph(small)
+
+
+def test_a_row_has_its_channels_in_any_layout():
+    inputs = keras.Input((1, 3, 1))
+    x = K.Flatten()(copied(inputs))
+    model = keras.Model(inputs, K.Flatten(data_format="channels_first")(x))
+    found, scale, _ = integer_outputs(model, row(1.0, 0.0, 0.25))
+    np.testing.assert_allclose(found, [[1.0, 0.0, 0.25]], atol=scale)
