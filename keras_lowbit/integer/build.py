@@ -136,6 +136,8 @@ def _output_ends(emitter, outputs, output_names, output_type):
                 f"Output {wanted} has no grid: quantize_model puts one there; in a model built by "
                 "hand, end with a Quantize and a Dequantize layer"
             )
+        if isinstance(value, OnGrid):
+            value = emitter.in_reals(value)
         if isinstance(value, OnGrid) and abs(value.factor - 1.0) > 1e-6:
             raise NotExportable(
                 f"Output {wanted} sits on {value.grid.bits} bits; outputs need an 8-bit grid"

@@ -121,16 +121,34 @@ class Emitter:
         own = OnGrid(value.tensor, PROBABILITY_GRID, 1.0, value.shape)
         return own if own.grid.same_as(grid) else self._requantize(own, grid, name)
 
+    def in_reals(self, value: OnGrid) -> OnGrid:
+        """The same codes in a tensor whose written scale is the true one, where their grid has one.
+
+        What is written in pixels, or such that a ReLU6 ends at 6, has to be copied for it.
+        """
+        if _is_one(value.factor) or not _is_one(container(value.grid).scale / value.grid.scale):
+            return value
+        key = "in reals", value.tensor
+        if key not in self.done:
+            copied = identity(value, value.tensor)
+            self.done[key] = value, self._product(copied, value.grid, f"{value.tensor}_reals")
+        return self.done[key][1]
+
     def _elementwise(self, value, grid, name):
+        parts = [self.in_reals(part) for part in (value.first, value.second)]
+        box = container(grid, value.relu)
+        if not _is_one(box.scale / grid.scale) and _is_one(container(grid).scale / grid.scale):
+            # A ReLU that ends between the grid's ends: a copy on the same grid clips.
+            whole = self._elementwise(replace(value, relu=None), grid, f"{name}_unclipped")
+            return self._requantize(replace(whole, relu=value.relu), grid, name)
         made, activation = self.tensor(name, value.shape, grid, value.relu)
-        for part in (made, value.first, value.second):
-            if part.factor != 1.0 and not np.isclose(part.factor, 1.0, rtol=1e-6):
+        for part in (made, *parts):
+            if not _is_one(part.factor):
                 raise NotExportable(
                     f"{value.source}: what is added or multiplied, and the result, must sit on "
                     f"8-bit grids. Got {part.grid.bits} bits at {part.tensor}; quantize_model puts "
                     "them there"
                 )
-        parts = value.first, value.second
         if value.op is ir.Add:
             parts = [self._summand(part, grid, value.source) for part in parts]
         else:
@@ -210,8 +228,12 @@ class Emitter:
 
     def _image(self, value, grid, name):
         """The int8 form of an input, written in units of what the model is given."""
+        if value.name in self.images:
+            return self._from_image(value, grid, name)
         if value.pixels and not _is_pixel_grid(value, grid):
-            return self._from_pixels(value, grid, name)
+            pixels, _ = self.tensor(f"{value.name}_int8", value.shape, Grid(1.0, 0, 255, 8))
+            self.images[value.name] = (replace(value, scale=1.0, offset=0.0), pixels)
+            return self._from_image(value, grid, name)
         wanted = self.name(f"{name}_int8")
         scale = float(grid.scale) / value.scale
         self.tensors[wanted] = ir.Tensor(
@@ -222,16 +244,42 @@ class Emitter:
         self.images[value.name] = (value, made)
         return made
 
-    def _from_pixels(self, value, grid, name):
-        """Raw pixels brought to a grid of other steps: a product of one input an output."""
-        if value.name not in self.images:
-            pixels, _ = self.tensor(f"{value.name}_int8", value.shape, Grid(1.0, 0, 255, 8))
-            plain = replace(value, scale=1.0, offset=0.0)
-            self.images[value.name] = (plain, pixels)
-        copied = identity(self.images[value.name][1], value.name)
+    def _from_image(self, value, grid, name):
+        """An input on a second grid: a product of one input an output, from the first.
+
+            first = a * given + b = scale * code          second = c * given + d
+
+        Raises:
+            NotExportable: codes of the first do not say what the second needs.
+        """
+        first, made = self.images[value.name]
+        gain = value.scale / first.scale
+        shift = value.offset - gain * first.offset
+        if not _are_same_codes(made.grid, grid, gain, shift):
+            if not _is_pixel_grid(first, made.grid):
+                raise NotExportable(
+                    f"Input {value.name} is read on two grids, by {made.tensor} and {name}, of "
+                    "which the second cannot be had from the first. Rescale the input once for all "
+                    "its readers"
+                )
+            # Reals between two pixels might have a code of their own there.
+            self.images[value.name] = replace(first, pixels=True), made
         channels = (value.shape[-1],)
-        gain, shift = (np.broadcast_to(x, channels) for x in (value.scale, value.offset))
-        return self._product(copied.affine(gain, shift), grid, name)
+        gain, shift = (np.broadcast_to(x, channels) for x in (gain, shift))
+        return self._product(identity(made, value.name).affine(gain, shift), grid, name)
+
+
+def _is_one(ratio):
+    return bool(np.isclose(ratio, 1.0, rtol=1e-6))  # float32 noise
+
+
+def _are_same_codes(first, second, gain, shift):
+    """Whether `gain * x + shift` of a grid's codes are codes of another, one by one."""
+    if np.ndim(gain) or np.ndim(shift):
+        return False
+    steps, moved = np.float64([gain * first.scale, shift]) / float(second.scale)
+    # 1e-4 of a code is float32 noise, far below the half code that matters.
+    return abs(steps - 1.0) * 255 < 1e-4 and abs(first.lo + moved - second.lo) < 1e-4
 
 
 def _is_pixel_grid(image, grid):
