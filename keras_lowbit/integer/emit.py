@@ -6,6 +6,7 @@ What waits for a grid is in `integer.values`; the arithmetic that everything her
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,8 @@ from keras_lowbit.numerics.grid import Grid
 
 SMALLEST_MULTIPLIER = 2.0**-30
 LARGEST_MULTIPLIER = 255.5  # the runtime refuses 256
+# Channels up to which a unit matrix is cheaper than to make an image of a row and a row of that.
+LARGEST_UNIT_MATRIX = 64
 # Where the runtime's softmax and sigmoid put their results.
 PROBABILITY_GRID = Grid(FIXED_SCALES["softmax"], 0, 255, 8)
 
@@ -41,6 +44,7 @@ class Emitter:
     def __init__(self, weights="int8"):
         self.weights = weights
         self.padded: dict[str, tuple[OnGrid, tuple]] = {}
+        self.reshaped: dict[str, OnGrid] = {}  # images, by what a reshape made of them
         self.images: dict[str, tuple[Image, OnGrid]] = {}
         self.tensors: dict[str, ir.Tensor] = {}
         self.ops: list[ir.Op] = []
@@ -93,6 +97,8 @@ class Emitter:
         raise NotExportable(f"{name}: {type(value).__name__.lower()} cannot be put on a grid")
 
     def _product(self, value, grid, name):
+        if value.op is ir.DepthwiseConv2D and len(value.shape) != 4:
+            return self._copied_rows(value, grid, name)
         made, activation = self.tensor(name, value.shape, grid, value.relu)
         if grid.signs:
             kernel, scale, bias = signs.threshold(value, made, largest_bias(value.kernel_bits))
@@ -115,6 +121,33 @@ class Emitter:
             )
         )
         return made
+
+    def _copied_rows(self, value, grid, name):
+        """A copy of what is no image, by way of one."""
+        rows = self._rows(value.inputs, value.source)
+        copied = self._product(
+            replace(value, inputs=rows, shape=rows.shape), grid, f"{name}_source"
+        )
+        return self._reshape(copied, value.shape, name, value.source)
+
+    def _rows(self, part, source):
+        """A tensor as an image: that of which it was made, or `(batch, 1, positions, channels)`."""
+        image = self.reshaped.get(part.tensor)
+        if image is not None and image.shape[-1] == part.shape[-1]:
+            return image
+        key = "rows", part.tensor
+        if key not in self.done:
+            shape = (part.shape[0], 1, math.prod(part.shape[1:-1]), part.shape[-1])
+            self.done[key] = part, self._reshape(part, shape, f"{part.tensor}_rows", source)
+        return self.done[key][1]
+
+    def _reshape(self, part, shape, name, source):
+        wanted = self.name(name)
+        self.tensors[wanted] = replace(self.tensors[part.tensor], name=wanted, shape=shape)
+        self.ops.append(ir.Reshape((part.tensor,), wanted, source))
+        if len(part.shape) == 4:
+            self.reshaped[wanted] = part
+        return OnGrid(wanted, part.grid, part.factor, shape)
 
     def _probabilities(self, value, grid, name):
         """The runtime's table has a grid of its own; another one takes a second rounding."""
@@ -189,6 +222,12 @@ class Emitter:
 
     def _requantize(self, value, grid, name):
         """A depthwise 1x1 convolution of ones: any two grids, one rounding, one fused clip."""
+        image = self.reshaped.get(value.tensor)
+        if image is not None and len(value.shape) != 4:
+            # Sooner done where the channels are few.
+            image = image if value.relu is None else replace(image, relu=value.relu)
+            moved = self.put(image, grid, f"{name}_source")
+            return self._reshape(moved, value.shape, name, name)
         return self._product(replace(identity(value, name), relu=value.relu), grid, name)
 
     def _move(self, value, grid, name):
@@ -211,6 +250,8 @@ class Emitter:
                 identity(parts[0], value.source), shape=value.shape, attributes=value.attributes
             )
             return self._product(sliced, grid, name)
+        if value.op is ir.Reshape:
+            return self._reshape(parts[0], tuple(value.shape), name, value.source)
         wanted = self.name(name)
         source = self.tensors[parts[0].tensor]
         self.tensors[wanted] = replace(source, name=wanted, shape=tuple(value.shape))
@@ -293,15 +334,15 @@ def _is_pixel_grid(image, grid):
 
 
 def identity(value: OnGrid, source: str) -> Linear:
-    """A product that computes its input: a depthwise 1x1 kernel of ones, or a unit matrix.
+    """A product that computes its input: a depthwise 1x1 kernel of ones, or a small unit matrix.
 
     One is written as code 127, so that a bias added later is rounded to a fine unit.
     """
     channels = value.shape[-1]
-    spatial = len(value.shape) == 4
-    kernel = 127 * (np.ones((1, 1, channels, 1)) if spatial else np.eye(channels))
+    dense = len(value.shape) != 4 and channels <= LARGEST_UNIT_MATRIX
+    kernel = 127 * (np.eye(channels) if dense else np.ones((1, 1, channels, 1)))
     return Linear(
-        op=ir.DepthwiseConv2D if spatial else ir.FullyConnected,
+        op=ir.FullyConnected if dense else ir.DepthwiseConv2D,
         inputs=value,
         kernel=kernel.astype(np.int8),
         kernel_scale=np.full(channels, 1 / 127),

@@ -8,6 +8,8 @@ from keras_lowbit import NotExportable, calibrate, quantize_model, quantizers
 from keras_lowbit import layers as quantized_layers
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
+from tests.exactness.hostile import hostile
+from tests.exactness.trained import drifts
 
 K = keras.layers
 
@@ -102,3 +104,51 @@ def test_a_row_has_its_channels_in_any_layout():
     model = keras.Model(inputs, K.Flatten(data_format="channels_first")(x))
     found, scale, _ = integer_outputs(model, row(1.0, 0.0, 0.25))
     np.testing.assert_allclose(found, [[1.0, 0.0, 0.25]], atol=scale)
+
+
+# --- copies of what is no image -------------------------------------------------------------------
+
+
+def flat_added(x):
+    """Sums sit on 8 bits; the dense layer in the middle wants four."""
+    x = K.Flatten()(K.Add()([x, K.Conv2D(8, 1)(x)]))
+    return K.Dense(2)(K.Dense(3, name="middle")(x))
+
+
+def normalized(x):
+    return K.Dense(2)(K.BatchNormalization()(K.ReLU()(K.Flatten()(x))))
+
+
+def activated(x):
+    return K.Dense(2)(K.ReLU()(K.Flatten()(K.Add()([x, K.Conv2D(8, 1)(x)]))))
+
+
+def normalized_mean(x):
+    return K.Dense(2)(K.BatchNormalization()(K.GlobalAveragePooling2D()(K.Conv2D(80, 1)(x))))
+
+
+def normalized_in_three_axes(x):
+    return K.Dense(2)(K.Flatten()(K.BatchNormalization()(K.Reshape((4, 72))(K.ReLU()(x)))))
+
+
+@pytest.mark.parametrize(
+    ("end", "largest"),
+    [
+        (flat_added, 288 * 3),  # the dense layer's own kernel
+        (normalized, 288 * 2),
+        (activated, 288 * 2),
+        (normalized_mean, 36 * 80),  # the mean itself
+        (normalized_in_three_axes, 288 * 2),
+    ],
+)
+def test_a_copy_of_a_row_needs_no_unit_matrix(end, largest):
+    """288 numbers: a unit matrix of them would hold 82,944."""
+    inputs = keras.Input((6, 6, 3))
+    model = hostile(keras.Model(inputs, end(K.Conv2D(8, 3, padding="same")(inputs))), seed=1)
+    images = np.random.default_rng(0).random((4, 6, 6, 3), np.float32)
+    small = calibrate(quantize_model(model, "w4a4"), images)
+    graph = integer_graph(small)
+    assert max(op.kernel.size for op in graph if hasattr(op, "kernel")) == largest
+    found = drifts(small, [images])
+    assert found
+    assert {name: drift for name, drift in found.items() if drift.far} == {}
