@@ -23,6 +23,12 @@ def check_choice(argument, given, allowed):
         raise ValueError(f"{argument} must be one of {allowed}. Got {given!r}")
 
 
+def check_batch(batch):
+    """Raise `ValueError` unless `batch` is a number of images."""
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch must be a whole number of at least 1. Got {batch!r}")
+
+
 def integer_graph(
     model: keras.Model,
     *,
@@ -55,8 +61,7 @@ def integer_graph(
     check_choice("weights", weights, WEIGHTS)
     if input_type is not None:
         check_choice("input_type", input_type, TYPES)
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch must be a whole number of at least 1. Got {batch!r}")
+    check_batch(batch)
     program = walk.flatten(model)
     lowering = Lowering(program, batch, weights, preprocessing=_pixels(preprocessing, program))
     outputs = lowering.run()
@@ -64,8 +69,8 @@ def integer_graph(
     heads, inputs = _input_ends(lowering, input_type)
     tails, names = _output_ends(emitter, outputs, list(model.output_names), output_type)
     body = _alive(emitter.ops, {t.inputs[0] for t in tails} | set(names))
-    stored = [_stored(op, emitter.tensors, weights) for op in body]
-    graph_ops = (*heads, *stored, *tails)
+    body = [stored(op, emitter.tensors, weights) for op in body]
+    graph_ops = (*heads, *body, *tails)
     used = {n for op in graph_ops for n in (*op.inputs, op.output)} | set(inputs)
     tensors = {name: t for name, t in emitter.tensors.items() if name in used}
     return ir.Graph(tensors, graph_ops, tuple(inputs), tuple(names))
@@ -172,7 +177,7 @@ def _alive(ops, wanted):
     return kept[::-1]
 
 
-def _stored(op, tensors, weights):
+def stored(op: ir.Op, tensors, weights: str) -> ir.Op:
     """The operation with its kernel in the container that `weights` asks for."""
     if not isinstance(op, ir.Product) or weights == "int8" or op.kernel_bits > 4:
         return op
