@@ -36,6 +36,7 @@ _LAYERS = {
     K.MaxPooling2D: "max_pool",
     K.GlobalMaxPooling2D: "global_max_pool",
     K.AveragePooling2D: "average_pool",
+    layers.AveragePooling2D: "average_pool",
     K.GlobalAveragePooling2D: "global_average_pool",
     K.ZeroPadding2D: "pad",
     K.UpSampling2D: "upsample",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import keras
 import numpy as np
 
+from keras_lowbit import layers
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.values import Linear, Moved, NotExportable, OnGrid
 from keras_lowbit.kinds import padding_value
 from keras_lowbit.numerics.grid import Grid
+from keras_lowbit.numerics.windows import same_padding
 
 
 def _moved(lowering, call, op, **attributes):
@@ -68,6 +71,7 @@ def average_pool(lowering, call):
         for n, k, s in zip(value.shape[1:3], pool, strides, strict=True)
     )
     if padding == "SAME" and not exact:
+        _check_border(call, value.shape[1:3], pool, strides)
         # The runtime, like Keras, does not count padding: no kernel of ones can say that. Its mean
         # stays on the grid of what it reads: another one would clip what goes into a mean.
         attributes = {"pool": pool, "strides": strides, "padding": padding}
@@ -77,6 +81,17 @@ def average_pool(lowering, call):
             lowering, Moved(ir.AveragePool2D, (fine,), attributes, shape, call.name), call.name
         )
     return _window_sum(lowering, call, value, pool, strides, lowering.shape(call.output))
+
+
+def _check_border(call, *axes):
+    """Training must pool as the file does, which Keras' own pools on PyTorch do not always."""
+    uneven = any(before != after for before, after in map(same_padding, *axes))
+    ours = isinstance(call.operation, layers.AveragePooling2D)
+    if uneven and not ours and keras.backend.backend() == "torch":
+        raise NotExportable(
+            f"{call.name}: on PyTorch Keras repeats the border under this pool, and files do not. "
+            "Use keras_lowbit.layers.AveragePooling2D, as quantize_model does for that of Keras"
+        )
 
 
 def _eight_bits(grid):

@@ -63,7 +63,7 @@ def test_a_padded_average_pool_of_few_codes_keeps_the_digits_of_its_mean(quantiz
     x = quantized_layers.Quantize("affine")(inputs)
     x = quantized_layers.QuantizedConv2D(1, 1, kernel_quantizer="lsq", name="copy")(x)
     x = quantized_layers.Dequantize()(quantized_layers.Quantize(quantizer)(x))
-    x = K.AveragePooling2D((1, 2), padding="same")(x)
+    x = quantized_layers.AveragePooling2D((1, 2), padding="same")(x)
     x = quantized_layers.Dequantize()(quantized_layers.Quantize("lsq", bits=8)(x))
     model = keras.Model(inputs, x)
     model.get_layer("copy").kernel.assign(np.ones((1, 1, 1, 1)))
