@@ -12,7 +12,6 @@ from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
 from keras_lowbit.integer.lower import Lowering
-from keras_lowbit.integer.values import OnGrid
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.numerics.fixed_point import product_multiplier
 
@@ -56,8 +55,6 @@ def drifts(small, arrays) -> dict[str, Drift]:
     lowering = Lowering(program, 1, "int8")
     lowering.run()
     made = {op.output: op for op in graph}
-    values = [v for v in lowering.values.values() if isinstance(v, OnGrid)]
-    scales = {v.tensor: float(v.grid.scale) for v in values}
     found = {}
 
     def rounded_before(name):
@@ -68,7 +65,7 @@ def drifts(small, arrays) -> dict[str, Drift]:
             # Of a channel that a unit saturates only the sign of its sums is known.
             lost = np.where(unit > 255, 510.0, unit)
             if getattr(made.get(op.inputs[0]), "kind", "") == "average_pool_2d":
-                lost += scales[op.inputs[0]] / scales[op.output]
+                lost += np.abs(op.kernel).max() * unit  # a copy: one input an output
             return lost / 2
         if isinstance(op, ir.AveragePool2D):
             return 0.5 + np.max(rounded_before(op.inputs[0]))
