@@ -118,19 +118,16 @@ def test_padding_with_another_number_than_zero_does_not_move_codes(value, kind, 
 
 
 def test_padding_with_threes_stays_three_in_training():
-    """One pixel of 1 between threes; the grid of the input reaches 3, so reals survive it."""
+    """Two readers put `x` on a grid of its own, 0..1, whose codes have no three."""
     inputs = keras.Input((1, 2, 1))
-    x = K.ReLU()(K.Conv2D(1, 1, use_bias=False, name="copy")(inputs))
-    model = keras.Model(
-        inputs,
-        K.Conv2D(1, 1, use_bias=False, name="d")(
-            ops.pad(x, [(0, 0), (0, 0), (1, 1), (0, 0)], constant_values=3.0)
-        ),
-    )
+    x = K.ReLU()(K.Conv2D(1, 1, use_bias=False)(inputs))
+    widths = [(0, 0), (0, 0), (1, 1), (0, 0)]
+    y = K.Conv2D(1, 1, use_bias=False)(ops.pad(x, widths, constant_values=3.0))
+    model = keras.Model(inputs, [y, K.Conv2D(1, 1, use_bias=False)(x)])
     model.set_weights([np.ones(w.shape, np.float32) for w in model.weights])
     images = np.array([1.0, 0.25], np.float32).reshape(1, 1, 2, 1)
     small = calibrate(quantize_model(model), images)
-    found = ops.convert_to_numpy(small(images)).reshape(-1)
+    found = ops.convert_to_numpy(small(images)[0]).reshape(-1)
     np.testing.assert_allclose(found, [3, 1, 0.25, 3], atol=0.02)  # a step and a half of 3 / 255
     with pytest.raises(NotExportable, match="only zero padding is supported"):
         integer_graph(small)
