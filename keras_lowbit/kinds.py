@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Hashable
 
 import keras
 import numpy as np
@@ -34,6 +36,7 @@ _LAYERS = {
     K.MaxPooling2D: "max_pool",
     K.GlobalMaxPooling2D: "global_max_pool",
     K.AveragePooling2D: "average_pool",
+    layers.AveragePooling2D: "average_pool",
     K.GlobalAveragePooling2D: "global_average_pool",
     K.ZeroPadding2D: "pad",
     K.UpSampling2D: "upsample",
@@ -77,7 +80,7 @@ _OPERATIONS = {
     "AveragePool": "average_pool",
     "Mean": "global_average_pool",
     "Max": "global_max_pool",
-    "Pad": "pad",
+    "Pad": "pad",  # or "filled_pad"
     "GetItem": "strided_slice",
     "Reshape": "reshape",
 }
@@ -101,6 +104,14 @@ OF_TWO_TENSORS = (*GATES, "leaky_relu")
 # Activations with an integer form that clips the codes of what stands before them.
 CLIPS = ("linear", "relu", "relu6", "relu_limited", "hard_sigmoid")
 
+# By identity: a function of somebody's own may have any name.
+_FUNCTIONS = {
+    getattr(module, name): getattr(keras.activations, name).__name__
+    for name in dir(keras.activations)
+    for module in (keras.activations, ops)
+    if inspect.isfunction(getattr(keras.activations, name)) and hasattr(module, name)
+}
+
 # Calls that move codes about and leave their grid alone.
 TRANSPARENT = frozenset(
     {"max_pool", "global_max_pool", "pad", "upsample", "reshape", "dropout", "strided_slice"}
@@ -113,9 +124,17 @@ def kind_of(call: Call) -> str | None:
     if isinstance(operation, K.Layer):
         return _LAYERS.get(type(operation))
     name = type(operation).__name__
+    if name == "Pad" and padding_value(call):
+        return "filled_pad"
     if name in _ARITHMETIC and len(call.inputs) == 1:
         return None if scaling_of(call) is None else "rescaling"
     return _OPERATIONS.get(name)
+
+
+def padding_value(call: Call) -> float:
+    """What `ops.pad` puts around a tensor; 0.0 for what it takes from the tensor itself."""
+    value = dict(call.kwargs).get("constant_values", (*call.args[1:], None)[0])
+    return 0.0 if value is None else float(value)
 
 
 def scaling_of(call: Call) -> tuple[np.ndarray, np.ndarray] | None:
@@ -145,6 +164,21 @@ def scaling_of(call: Call) -> tuple[np.ndarray, np.ndarray] | None:
     return tuple(x.reshape(() if x.size == 1 else (channels,)) for x in arrays)
 
 
+def normalizing_of(layer: K.Normalization) -> tuple[np.ndarray, np.ndarray] | None:
+    """`(gain, shift)` of a built `Normalization`: `gain * x + shift`, one of each or one a channel.
+
+    `None` where it has numbers of its own for other axes than the last.
+    """
+    mean, variance = (
+        np.asarray(ops.convert_to_numpy(x), np.float64) for x in (layer.mean, layer.variance)
+    )
+    if any(n != 1 for n in mean.shape[:-1]):
+        return None
+    deviation = np.maximum(np.sqrt(variance.reshape(-1)), keras.config.epsilon())
+    mean = mean.reshape(-1)
+    return (deviation, mean) if layer.invert else (1.0 / deviation, -mean / deviation)
+
+
 def _constant(value):
     """A number or an array as float64; `None` for anything that may change."""
     if isinstance(value, (keras.Variable, Ref)):
@@ -161,27 +195,63 @@ def activation_name(operation) -> str:
     """`"linear"`, `"relu"`, `"relu6"`, `"softmax"` or the name of another activation.
 
     A ReLU with a limit other than 6 is `"relu_limited"`, one with a slope of at most 1
-    `"leaky_relu"`, and one with a threshold, or with slope and limit, `"relu_variant"`. Of a layer
-    with an activation it is the name of that.
+    `"leaky_relu"`, and one with a threshold, or with slope and limit, `"relu_variant"`. A softmax
+    over another axis than the last is a `"softmax_variant"`. Of a layer with an activation it is
+    the name of that, of another layer or function the one it was written with.
     """
     kind = type(operation).__name__
-    if isinstance(operation, (K.ReLU, K.LeakyReLU)) or kind == "LeakyRelu":
+    if type(operation) in (K.ReLU, K.LeakyReLU) or _is_operation(operation, "LeakyRelu"):
         slope, limit = float(operation.negative_slope or 0), getattr(operation, "max_value", None)
         if getattr(operation, "threshold", 0) or (slope and limit is not None) or slope > 1:
             return "relu_variant"
         if slope:
             return "leaky_relu"
         return {None: "relu", 6.0: "relu6"}.get(limit, "relu_limited" if limit else "relu_variant")
-    if isinstance(operation, K.Softmax):
-        return "softmax" if operation.axis in (-1, (-1,)) else "softmax_variant"
-    if not isinstance(operation, K.Layer):
+    if type(operation) is K.Softmax or _is_operation(operation, "Softmax"):
+        return "softmax" if is_last_axis(operation) else "softmax_variant"
+    if isinstance(operation, K.Layer):
+        if not hasattr(operation, "activation"):
+            return _unlike_ours(kind)
+        function = operation.activation
+    elif isinstance(operation, keras.Operation):
         return {"HardSigmoid": "hard_sigmoid", "HardSilu": "hard_silu"}.get(kind, kind.lower())
-    function = getattr(operation, "activation", None)
+    else:
+        function = operation
     if function is None:
         return "linear"
-    if isinstance(function, K.Layer):
+    if isinstance(function, keras.Operation):
         return activation_name(function)
-    return getattr(function, "__name__", type(function).__name__)
+    known = _FUNCTIONS.get(function) if isinstance(function, Hashable) else None
+    return known or _unlike_ours(getattr(function, "__name__", type(function).__name__))
+
+
+def is_last_axis(operation, rank: int | None = None) -> bool:
+    """Whether a softmax runs over the last axis of a tensor.
+
+    Args:
+        operation: a `Softmax` layer or operation.
+        rank: of the tensor; `None` for that of the operation's first call.
+    """
+    axis = operation.axis
+    if isinstance(axis, (tuple, list)):
+        axis = axis[0] if len(axis) == 1 else None
+    if axis is None or axis < 0:
+        return axis == -1
+    if rank is None:
+        try:
+            rank = len(operation.input.shape)
+        except (AttributeError, ValueError):
+            return False  # not called yet
+    return axis == rank - 1
+
+
+def _is_operation(operation, name):
+    return type(operation).__name__ == name and not isinstance(operation, K.Layer)
+
+
+def _unlike_ours(name):
+    """The name of somebody's own activation, told from Keras' of the same name."""
+    return f"custom {name}" if name in _FUNCTIONS.values() else name
 
 
 def limit_of(operation) -> float | None:

@@ -14,7 +14,14 @@ import numpy as np
 from keras_lowbit import walk
 from keras_lowbit.integer import frozen as frozen_models
 from keras_lowbit.integer import graph as ir
-from keras_lowbit.integer.build import WEIGHTS, check_choice, integer_graph
+from keras_lowbit.integer.build import (
+    TYPES,
+    WEIGHTS,
+    check_batch,
+    check_choice,
+    integer_graph,
+    stored,
+)
 from keras_lowbit.integer.integer_op import IntegerOp
 from keras_lowbit.integer.lower import Lowering
 from keras_lowbit.integer.values import NotExportable
@@ -152,7 +159,8 @@ def convert(
     """Write a quantized model as a `.tflite`, and prove it on images.
 
     Args:
-        model: a trained model (quantized and calibrated), or one of `keras_lowbit.freeze`.
+        model: a trained model (quantized and calibrated), or one of `keras_lowbit.freeze`, whose
+            file has the types and containers that `freeze` was given: others are refused.
         target: `"android"` (LiteRT, default kernels), `"builtin"` (also tflite-runtime 2.14) or
             `"coral"` (what Coral's `edgetpu_compiler` takes; how the Edge TPU rounds is its own).
         weights: `"int8"`, the fast form; `"int4"`, dense and pointwise kernels of 4 bits or less
@@ -176,18 +184,21 @@ def convert(
 
     Raises:
         NotExportable: layers that have no integer form, or that the target refuses, by name.
-        ValueError: an unknown target or type, or images that do not fit.
+        ValueError: an unknown target or type, images that do not fit, or options that a frozen
+            model was not frozen with.
     """
     place = targets.find(target)
     check_choice("weights", weights, WEIGHTS)
-    graph = _graph_of(
-        model,
-        batch=batch,
-        input_type=input_type,
-        output_type=output_type,
-        weights=weights,
-        preprocessing=preprocessing,
-    )
+    options = {
+        "batch": batch,
+        "input_type": input_type,
+        "output_type": output_type,
+        "weights": weights,
+    }
+    if any(isinstance(layer, IntegerOp) for layer in model.layers):
+        graph, weights = _frozen_graph(model, preprocessing, options)
+    else:
+        graph = integer_graph(model, preprocessing=preprocessing, **options)
     found = targets.objections(graph.ops, graph.tensors, place)
     if found:
         raise NotExportable(_sentence(place, found))
@@ -195,19 +206,70 @@ def convert(
     return result if verify is None else result.verified(verify)
 
 
-def _graph_of(model, **options):
-    if any(isinstance(layer, IntegerOp) for layer in model.layers):
-        if options["preprocessing"] is not None:
-            raise ValueError(f"{model.name} is frozen: give preprocessing to freeze")
-        return frozen_models.graph_of(model)
-    return integer_graph(model, **options)
+def _frozen_graph(model, preprocessing, options):
+    """`(graph, containers of its kernels)` of a frozen model; what it cannot be is refused.
+
+    Raises:
+        ValueError: an option that is no default and that the model was not frozen with.
+    """
+    if preprocessing is not None:
+        raise ValueError(f"{model.name} is frozen: give preprocessing to freeze")
+    graph = frozen_models.graph_of(model)
+    weights, asked = _containers(graph), options["weights"]
+    if WEIGHTS.index(asked) > WEIGHTS.index(weights) and _holds(graph, asked):
+        weights = asked  # no kernel fits a smaller container, so both say the same
+    has = {
+        "input_type": {graph.tensors[name].dtype for name in graph.inputs},
+        "output_type": {graph.tensors[name].dtype for name in graph.outputs},
+        "weights": {weights},
+    }
+    defaults = {"input_type": None, "output_type": TYPES[0], "weights": WEIGHTS[0]}
+    for name, default in defaults.items():
+        given = options[name]
+        check_choice(name, given, WEIGHTS if name == "weights" else (*TYPES, default))
+        if given != default and has[name] != {given}:
+            found = ", ".join(repr(x) for x in sorted(has[name]))
+            raise ValueError(
+                f"{model.name} is frozen with {name}={found}. For {given!r} give {name} to freeze, "
+                "or convert the trained model"
+            )
+    return _of_batch(graph, options["batch"]), weights
+
+
+def _of_batch(graph, batch):
+    """The graph for another number of images: nothing in it moves the first axis."""
+    check_batch(batch)
+    if batch == 1:
+        return graph
+    tensors = {
+        name: dataclasses.replace(t, shape=(batch, *t.shape[1:]))
+        for name, t in graph.tensors.items()
+    }
+    return dataclasses.replace(graph, tensors=tensors)
+
+
+def _containers(graph):
+    """The choice of `weights` that a graph's kernels show."""
+    products = [op for op in graph if isinstance(op, ir.Product)]
+    if all(op.storage == "int8" for op in products):
+        return "int8"
+    plain = [dataclasses.replace(op, storage="int8") for op in products]
+    made = [stored(op, graph.tensors, "int4").storage for op in plain]
+    return "int4" if made == [op.storage for op in products] else "int4_all"
+
+
+def _holds(graph, weights):
+    """Whether `weights` would leave every kernel in the container that it has."""
+    products = [op for op in graph if isinstance(op, ir.Product)]
+    return all(stored(op, graph.tensors, weights).storage == op.storage for op in products)
 
 
 def fitting_images(graph: ir.Graph, images) -> dict[str, np.ndarray]:
-    """Images by input name, cast to each input's type where no value changes.
+    """Images by input name, cast to each input's type: reals rounded to float32, codes exactly.
 
     Raises:
-        ValueError: reals for an integer input, or another number of arrays than inputs.
+        ValueError: no images, reals for an integer input, what is no number, or another number of
+            arrays than inputs.
     """
     if not isinstance(images, dict):
         arrays = images if isinstance(images, (list, tuple)) else [images]
@@ -218,8 +280,12 @@ def fitting_images(graph: ir.Graph, images) -> dict[str, np.ndarray]:
     for name, array in images.items():
         array = np.asarray(array)
         wanted = graph.tensors[name].dtype if name in graph.tensors else array.dtype
+        if array.ndim == 0 or len(array) == 0:
+            raise ValueError(f"Input {name}: at least one image is needed. Got {array.shape}")
         converted = array.astype(wanted)
-        if not np.array_equal(converted, array):
+        # A float32 input takes what is nearest to a float64, as Keras does.
+        real = wanted == "float32" and np.all(np.isfinite(converted))
+        if not real and not np.array_equal(converted, array):
             raise ValueError(
                 f"Input {name} takes {wanted}: the images hold other values "
                 f"({array.dtype}, {array.min()}..{array.max()})"

@@ -24,6 +24,7 @@ from keras_lowbit.numerics.fixed_point import (
     product_multiplier,
     softmax_powers,
 )
+from keras_lowbit.numerics.windows import positions_seen
 
 EXACT_IN_FLOAT32 = 2**24
 _INT32_MAX = 2**31 - 1
@@ -222,20 +223,12 @@ def _average_pool(op, operands, grids, out):
     # Sums as a depthwise convolution: the pools of the backends divide, each in its own way.
     sums = ops.cast(_depthwise(x, kernel, _window(op)), "int32")
     seen = [
-        _positions_seen(x.shape[axis + 1], op.pool[axis], op.strides[axis], op.padding)
+        positions_seen(x.shape[axis + 1], op.pool[axis], op.strides[axis], op.padding)
         for axis in (0, 1)
     ]
     counts = ops.convert_to_tensor(np.multiply.outer(*seen)[:, :, None], "int32")
     means = ops.floor_divide(ops.abs(sums) + counts // 2, counts)
     return ops.cast(ops.sign(sums) * means, "float32")
-
-
-def _positions_seen(size, window, stride, padding):
-    """How many positions of one axis each window covers, padding left out."""
-    places = -(-size // stride) if padding == "SAME" else (size - window) // stride + 1
-    before = max((places - 1) * stride + window - size, 0) // 2 if padding == "SAME" else 0
-    start = np.arange(places) * stride - before
-    return np.minimum(start + window, size) - np.maximum(start, 0)
 
 
 def _softmax(op, operands, grids, out):

@@ -6,12 +6,12 @@ from dataclasses import fields, replace
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.lower import Lowering
 from keras_lowbit.integer.values import NotExportable, OnGrid, Probabilities
+from keras_lowbit.kinds import normalizing_of
 
 TYPES = ("float32", "int8", "uint8")
 WEIGHTS = ("int8", "int4", "int4_all")
@@ -21,6 +21,12 @@ def check_choice(argument, given, allowed):
     """Raise `ValueError` unless `given` is one of `allowed`."""
     if given not in allowed:
         raise ValueError(f"{argument} must be one of {allowed}. Got {given!r}")
+
+
+def check_batch(batch):
+    """Raise `ValueError` unless `batch` is a number of images."""
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch must be a whole number of at least 1. Got {batch!r}")
 
 
 def integer_graph(
@@ -55,8 +61,7 @@ def integer_graph(
     check_choice("weights", weights, WEIGHTS)
     if input_type is not None:
         check_choice("input_type", input_type, TYPES)
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch must be a whole number of at least 1. Got {batch!r}")
+    check_batch(batch)
     program = walk.flatten(model)
     lowering = Lowering(program, batch, weights, preprocessing=_pixels(preprocessing, program))
     outputs = lowering.run()
@@ -64,8 +69,8 @@ def integer_graph(
     heads, inputs = _input_ends(lowering, input_type)
     tails, names = _output_ends(emitter, outputs, list(model.output_names), output_type)
     body = _alive(emitter.ops, {t.inputs[0] for t in tails} | set(names))
-    stored = [_stored(op, emitter.tensors, weights) for op in body]
-    graph_ops = (*heads, *stored, *tails)
+    body = [stored(op, emitter.tensors, weights) for op in body]
+    graph_ops = (*heads, *body, *tails)
     used = {n for op in graph_ops for n in (*op.inputs, op.output)} | set(inputs)
     tensors = {name: t for name, t in emitter.tensors.items() if name in used}
     return ir.Graph(tensors, graph_ops, tuple(inputs), tuple(names))
@@ -82,8 +87,8 @@ def _pixels(preprocessing, program):
         )
     given = preprocessing
     if isinstance(given, keras.layers.Normalization):
-        deviation = np.maximum(np.sqrt(_row(given.variance)), 1e-7)
-        given = (1.0 / deviation, -_row(given.mean) / deviation)
+        # `None` fits nothing and is refused below.
+        given = None if given.mean is None else normalizing_of(given)
     elif isinstance(given, keras.layers.Rescaling):
         given = (given.scale, given.offset)
     channels = program.inputs[0].shape[-1]
@@ -98,10 +103,6 @@ def _pixels(preprocessing, program):
             f"{channels} of them, or a Rescaling or Normalization layer. Got {preprocessing!r}"
         )
     return tuple(float(x.reshape(-1)[0]) if x.size == 1 else x for x in (scale, offset))
-
-
-def _row(tensor):
-    return np.asarray(ops.convert_to_numpy(tensor), np.float64).reshape(-1)
 
 
 def _input_ends(lowering, input_type):
@@ -140,6 +141,8 @@ def _output_ends(emitter, outputs, output_names, output_type):
                 f"Output {wanted} has no grid: quantize_model puts one there; in a model built by "
                 "hand, end with a Quantize and a Dequantize layer"
             )
+        if isinstance(value, OnGrid):
+            value = emitter.in_reals(value)
         if isinstance(value, OnGrid) and abs(value.factor - 1.0) > 1e-6:
             raise NotExportable(
                 f"Output {wanted} sits on {value.grid.bits} bits; outputs need an 8-bit grid"
@@ -174,7 +177,7 @@ def _alive(ops, wanted):
     return kept[::-1]
 
 
-def _stored(op, tensors, weights):
+def stored(op: ir.Op, tensors, weights: str) -> ir.Op:
     """The operation with its kernel in the container that `weights` asks for."""
     if not isinstance(op, ir.Product) or weights == "int8" or op.kernel_bits > 4:
         return op

@@ -6,6 +6,7 @@ What waits for a grid is in `integer.values`; the arithmetic that everything her
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,8 @@ from keras_lowbit.numerics.grid import Grid
 
 SMALLEST_MULTIPLIER = 2.0**-30
 LARGEST_MULTIPLIER = 255.5  # the runtime refuses 256
+# Channels up to which a unit matrix is cheaper than to make an image of a row and a row of that.
+LARGEST_UNIT_MATRIX = 64
 # Where the runtime's softmax and sigmoid put their results.
 PROBABILITY_GRID = Grid(FIXED_SCALES["softmax"], 0, 255, 8)
 
@@ -41,6 +44,7 @@ class Emitter:
     def __init__(self, weights="int8"):
         self.weights = weights
         self.padded: dict[str, tuple[OnGrid, tuple]] = {}
+        self.reshaped: dict[str, OnGrid] = {}  # images, by what a reshape made of them
         self.images: dict[str, tuple[Image, OnGrid]] = {}
         self.tensors: dict[str, ir.Tensor] = {}
         self.ops: list[ir.Op] = []
@@ -93,6 +97,8 @@ class Emitter:
         raise NotExportable(f"{name}: {type(value).__name__.lower()} cannot be put on a grid")
 
     def _product(self, value, grid, name):
+        if value.op is ir.DepthwiseConv2D and len(value.shape) != 4:
+            return self._copied_rows(value, grid, name)
         made, activation = self.tensor(name, value.shape, grid, value.relu)
         if grid.signs:
             kernel, scale, bias = signs.threshold(value, made, largest_bias(value.kernel_bits))
@@ -116,21 +122,66 @@ class Emitter:
         )
         return made
 
+    def _copied_rows(self, value, grid, name):
+        """A copy of what is no image, by way of one."""
+        rows = self._rows(value.inputs, value.source)
+        copied = self._product(
+            replace(value, inputs=rows, shape=rows.shape), grid, f"{name}_source"
+        )
+        return self._reshape(copied, value.shape, name, value.source)
+
+    def _rows(self, part, source):
+        """A tensor as an image: that of which it was made, or `(batch, 1, positions, channels)`."""
+        image = self.reshaped.get(part.tensor)
+        if image is not None and image.shape[-1] == part.shape[-1]:
+            return image
+        key = "rows", part.tensor
+        if key not in self.done:
+            shape = (part.shape[0], 1, math.prod(part.shape[1:-1]), part.shape[-1])
+            self.done[key] = part, self._reshape(part, shape, f"{part.tensor}_rows", source)
+        return self.done[key][1]
+
+    def _reshape(self, part, shape, name, source):
+        wanted = self.name(name)
+        self.tensors[wanted] = replace(self.tensors[part.tensor], name=wanted, shape=shape)
+        self.ops.append(ir.Reshape((part.tensor,), wanted, source))
+        if len(part.shape) == 4:
+            self.reshaped[wanted] = part
+        return OnGrid(wanted, part.grid, part.factor, shape)
+
     def _probabilities(self, value, grid, name):
         """The runtime's table has a grid of its own; another one takes a second rounding."""
         own = OnGrid(value.tensor, PROBABILITY_GRID, 1.0, value.shape)
         return own if own.grid.same_as(grid) else self._requantize(own, grid, name)
 
+    def in_reals(self, value: OnGrid) -> OnGrid:
+        """The same codes in a tensor whose written scale is the true one, where their grid has one.
+
+        What is written in pixels, or such that a ReLU6 ends at 6, has to be copied for it.
+        """
+        if _is_one(value.factor) or not _is_one(container(value.grid).scale / value.grid.scale):
+            return value
+        key = "in reals", value.tensor
+        if key not in self.done:
+            copied = identity(value, value.tensor)
+            self.done[key] = value, self._product(copied, value.grid, f"{value.tensor}_reals")
+        return self.done[key][1]
+
     def _elementwise(self, value, grid, name):
+        parts = [self.in_reals(part) for part in (value.first, value.second)]
+        box = container(grid, value.relu)
+        if not _is_one(box.scale / grid.scale) and _is_one(container(grid).scale / grid.scale):
+            # A ReLU that ends between the grid's ends: a copy on the same grid clips.
+            whole = self._elementwise(replace(value, relu=None), grid, f"{name}_unclipped")
+            return self._requantize(replace(whole, relu=value.relu), grid, name)
         made, activation = self.tensor(name, value.shape, grid, value.relu)
-        for part in (made, value.first, value.second):
-            if part.factor != 1.0 and not np.isclose(part.factor, 1.0, rtol=1e-6):
+        for part in (made, *parts):
+            if not _is_one(part.factor):
                 raise NotExportable(
                     f"{value.source}: what is added or multiplied, and the result, must sit on "
                     f"8-bit grids. Got {part.grid.bits} bits at {part.tensor}; quantize_model puts "
                     "them there"
                 )
-        parts = value.first, value.second
         if value.op is ir.Add:
             parts = [self._summand(part, grid, value.source) for part in parts]
         else:
@@ -171,12 +222,15 @@ class Emitter:
 
     def _requantize(self, value, grid, name):
         """A depthwise 1x1 convolution of ones: any two grids, one rounding, one fused clip."""
+        image = self.reshaped.get(value.tensor)
+        if image is not None and len(value.shape) != 4:
+            # Sooner done where the channels are few.
+            image = image if value.relu is None else replace(image, relu=value.relu)
+            moved = self.put(image, grid, f"{name}_source")
+            return self._reshape(moved, value.shape, name, name)
         return self._product(replace(identity(value, name), relu=value.relu), grid, name)
 
     def _move(self, value, grid, name):
-        if grid.signs and value.op is ir.AveragePool2D:
-            mean = self.put(value, value.parts[0].grid, f"{name}_mean")
-            return self._requantize(mean, grid, name)
         parts = [
             self.put(part, grid, f"{name}_{i}" if len(value.parts) > 1 else f"{name}_source")
             for i, part in enumerate(value.parts)
@@ -196,6 +250,8 @@ class Emitter:
                 identity(parts[0], value.source), shape=value.shape, attributes=value.attributes
             )
             return self._product(sliced, grid, name)
+        if value.op is ir.Reshape:
+            return self._reshape(parts[0], tuple(value.shape), name, value.source)
         wanted = self.name(name)
         source = self.tensors[parts[0].tensor]
         self.tensors[wanted] = replace(source, name=wanted, shape=tuple(value.shape))
@@ -213,8 +269,12 @@ class Emitter:
 
     def _image(self, value, grid, name):
         """The int8 form of an input, written in units of what the model is given."""
+        if value.name in self.images:
+            return self._from_image(value, grid, name)
         if value.pixels and not _is_pixel_grid(value, grid):
-            return self._from_pixels(value, grid, name)
+            pixels, _ = self.tensor(f"{value.name}_int8", value.shape, Grid(1.0, 0, 255, 8))
+            self.images[value.name] = (replace(value, scale=1.0, offset=0.0), pixels)
+            return self._from_image(value, grid, name)
         wanted = self.name(f"{name}_int8")
         scale = float(grid.scale) / value.scale
         self.tensors[wanted] = ir.Tensor(
@@ -225,16 +285,42 @@ class Emitter:
         self.images[value.name] = (value, made)
         return made
 
-    def _from_pixels(self, value, grid, name):
-        """Raw pixels brought to a grid of other steps: a product of one input an output."""
-        if value.name not in self.images:
-            pixels, _ = self.tensor(f"{value.name}_int8", value.shape, Grid(1.0, 0, 255, 8))
-            plain = replace(value, scale=1.0, offset=0.0)
-            self.images[value.name] = (plain, pixels)
-        copied = identity(self.images[value.name][1], value.name)
+    def _from_image(self, value, grid, name):
+        """An input on a second grid: a product of one input an output, from the first.
+
+            first = a * given + b = scale * code          second = c * given + d
+
+        Raises:
+            NotExportable: codes of the first do not say what the second needs.
+        """
+        first, made = self.images[value.name]
+        gain = value.scale / first.scale
+        shift = value.offset - gain * first.offset
+        if not _are_same_codes(made.grid, grid, gain, shift):
+            if not _is_pixel_grid(first, made.grid):
+                raise NotExportable(
+                    f"Input {value.name} is read on two grids, by {made.tensor} and {name}, of "
+                    "which the second cannot be had from the first. Rescale the input once for all "
+                    "its readers"
+                )
+            # Reals between two pixels might have a code of their own there.
+            self.images[value.name] = replace(first, pixels=True), made
         channels = (value.shape[-1],)
-        gain, shift = (np.broadcast_to(x, channels) for x in (value.scale, value.offset))
-        return self._product(copied.affine(gain, shift), grid, name)
+        gain, shift = (np.broadcast_to(x, channels) for x in (gain, shift))
+        return self._product(identity(made, value.name).affine(gain, shift), grid, name)
+
+
+def _is_one(ratio):
+    return bool(np.isclose(ratio, 1.0, rtol=1e-6))  # float32 noise
+
+
+def _are_same_codes(first, second, gain, shift):
+    """Whether `gain * x + shift` of a grid's codes are codes of another, one by one."""
+    if np.ndim(gain) or np.ndim(shift):
+        return False
+    steps, moved = np.float64([gain * first.scale, shift]) / float(second.scale)
+    # 1e-4 of a code is float32 noise, far below the half code that matters.
+    return abs(steps - 1.0) * 255 < 1e-4 and abs(first.lo + moved - second.lo) < 1e-4
 
 
 def _is_pixel_grid(image, grid):
@@ -248,15 +334,15 @@ def _is_pixel_grid(image, grid):
 
 
 def identity(value: OnGrid, source: str) -> Linear:
-    """A product that computes its input: a depthwise 1x1 kernel of ones, or a unit matrix.
+    """A product that computes its input: a depthwise 1x1 kernel of ones, or a small unit matrix.
 
     One is written as code 127, so that a bias added later is rounded to a fine unit.
     """
     channels = value.shape[-1]
-    spatial = len(value.shape) == 4
-    kernel = 127 * (np.ones((1, 1, channels, 1)) if spatial else np.eye(channels))
+    dense = len(value.shape) != 4 and channels <= LARGEST_UNIT_MATRIX
+    kernel = 127 * (np.eye(channels) if dense else np.ones((1, 1, channels, 1)))
     return Linear(
-        op=ir.DepthwiseConv2D if spatial else ir.FullyConnected,
+        op=ir.FullyConnected if dense else ir.DepthwiseConv2D,
         inputs=value,
         kernel=kernel.astype(np.int8),
         kernel_scale=np.full(channels, 1 / 127),

@@ -27,8 +27,10 @@ from keras_lowbit.integer.values import (
 from keras_lowbit.kinds import (
     OF_TWO_TENSORS,
     activation_name,
+    is_last_axis,
     kind_of,
     limit_of,
+    normalizing_of,
     scaling_of,
 )
 from keras_lowbit.numerics.grid import Grid
@@ -307,9 +309,18 @@ def _activated(value, call):
             f"{call.name}: {name} becomes two tensors with grids of their own, which "
             "quantize_model puts there; in a model built by hand, write it as a product or a sum"
         )
+    if name == "softmax_variant":
+        raise NotExportable(_other_axis(call))
     raise NotExportable(
         f"{call.name}: activation {name!r} has no exact integer form. "
         "Use relu, relu6, leaky_relu, hard_sigmoid, sigmoid, silu, hard_silu, softmax or linear"
+    )
+
+
+def _other_axis(call):
+    return (
+        f"{call.name}: only a softmax over the last axis has an integer form, and "
+        "this one runs over another"
     )
 
 
@@ -317,6 +328,10 @@ def _activation(lowering, call):
     name = activation_name(call.operation)
     if name in _PROBABILITIES:
         value = lowering.grid_tensor(call)
+        # The name is that of a layer's first call; this one may be of a tensor of another rank.
+        shared = name == "softmax" and hasattr(call.operation, "axis")
+        if shared and not is_last_axis(call.operation, len(value.shape)):
+            raise NotExportable(_other_axis(call))
         wanted = lowering.emitter.name(call.name)
         tensor = ir.Tensor(wanted, value.shape, "int8", PROBABILITY_GRID.scale, -128)
         lowering.emitter.tensors[wanted] = tensor
@@ -341,12 +356,13 @@ def _batch_norm(lowering, call):
 
 
 def _normalization(lowering, call):
-    layer = call.operation
-    channels = call.output.shape[-1]
-    mean = np.broadcast_to(_numpy(layer.mean).reshape(-1), (channels,))
-    deviation = np.maximum(np.sqrt(_numpy(layer.variance).reshape(-1)), 1e-7)
-    gain = np.broadcast_to(1.0 / deviation, (channels,))
-    return _affine(lowering.read(call), gain, -mean * gain, call)
+    known = normalizing_of(call.operation)
+    if known is None:
+        raise NotExportable(
+            f"{call.name}: only one mean and variance, or one a channel, can be exported. "
+            f"Got axis={call.operation.axis}"
+        )
+    return _affine(lowering.read(call), *known, call)
 
 
 def _affine(value, gain, shift, call):
@@ -423,6 +439,7 @@ RULES = {
     "average_pool": moves.average_pool,
     "global_average_pool": moves.global_average_pool,
     "pad": moves.pad,
+    "filled_pad": moves.pad,
     "upsample": moves.upsample,
     "reshape": moves.reshape,
     "dropout": moves.same,

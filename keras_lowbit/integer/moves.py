@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 
+import keras
 import numpy as np
 
+from keras_lowbit import layers
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.values import Linear, Moved, NotExportable, OnGrid
+from keras_lowbit.kinds import padding_value
+from keras_lowbit.numerics.grid import Grid
+from keras_lowbit.numerics.windows import same_padding
 
 
 def _moved(lowering, call, op, **attributes):
@@ -36,7 +41,18 @@ def max_pool(lowering, call):
     return _moved(lowering, call, ir.MaxPool2D, pool=pool, strides=strides, padding=padding)
 
 
+def _check_layout(call):
+    """Images have their channels last: in any other layout a window would slide over them."""
+    layout = getattr(call.operation, "data_format", None)
+    if layout == "channels_first" and len(call.inputs[0].shape) > 2:
+        raise NotExportable(
+            f"{call.name}: data_format='channels_first' has no integer form. Build the layer with "
+            "'channels_last'"
+        )
+
+
 def _pool_attributes(call):
+    _check_layout(call)
     operation = call.operation
     pool = operation.pool_size
     pool = (pool, pool) if isinstance(pool, int) else tuple(pool)
@@ -47,7 +63,7 @@ def _pool_attributes(call):
 
 
 def average_pool(lowering, call):
-    """A mean over windows: one rounding, where no padding is counted."""
+    """A mean over windows: one rounding, or two where windows reach over the border."""
     pool, strides, padding = _pool_attributes(call)
     value = lowering.grid_tensor(call)
     exact = all(
@@ -55,11 +71,38 @@ def average_pool(lowering, call):
         for n, k, s in zip(value.shape[1:3], pool, strides, strict=True)
     )
     if padding == "SAME" and not exact:
-        # The runtime, like Keras, does not count padding: no kernel of ones can say that.
+        _check_border(call, value.shape[1:3], pool, strides)
+        # The runtime, like Keras, does not count padding: no kernel of ones can say that. Its mean
+        # stays on the grid of what it reads: another one would clip what goes into a mean.
         attributes = {"pool": pool, "strides": strides, "padding": padding}
+        fine = lowering.emitter.put(value, _eight_bits(value.grid), f"{call.name}_source")
         shape = lowering.shape(call.output)
-        return Moved(ir.AveragePool2D, (value,), attributes, shape, call.name)
+        return _staying(
+            lowering, Moved(ir.AveragePool2D, (fine,), attributes, shape, call.name), call.name
+        )
     return _window_sum(lowering, call, value, pool, strides, lowering.shape(call.output))
+
+
+def _check_border(call, *axes):
+    """Training must pool as the file does, which Keras' own pools on PyTorch do not always."""
+    uneven = any(before != after for before, after in map(same_padding, *axes))
+    ours = isinstance(call.operation, layers.AveragePooling2D)
+    if uneven and not ours and keras.backend.backend() == "torch":
+        raise NotExportable(
+            f"{call.name}: on PyTorch Keras repeats the border under this pool, and files do not. "
+            "Use keras_lowbit.layers.AveragePooling2D, as quantize_model does for that of Keras"
+        )
+
+
+def _eight_bits(grid):
+    """The grid, or one of 8 bits on which each of its reals is a code, for finer means."""
+    if grid.bits >= 8:
+        return grid
+    if grid.signs:
+        return Grid(float(grid.scale) / 254, -128, 127, 8)  # -scale / 2 and scale / 2
+    steps = 127 // grid.hi if grid.signed else 255 // grid.hi
+    lo, hi = (-128, 127) if grid.signed else (0, 255)
+    return Grid(float(grid.scale) / steps, lo, hi, 8)
 
 
 def _window_sum(lowering, call, value, pool, strides, shape):
@@ -100,10 +143,10 @@ def global_max_pool(lowering, call):
 
 def _whole_window(call, value, what):
     """Window and output shape, with its axes kept, of what is taken over height and width."""
+    _check_layout(call)
     axis = getattr(call.operation, "axis", (1, 2))
     axes = () if axis is None else tuple(a % 4 for a in np.atleast_1d(axis))
-    layout = getattr(call.operation, "data_format", "channels_last")
-    if len(value.shape) != 4 or axes != (1, 2) or layout != "channels_last":
+    if len(value.shape) != 4 or axes != (1, 2):
         raise NotExportable(f"{call.name}: only a {what} over height and width is supported")
     return value.shape[1:3], (value.shape[0], 1, 1, value.shape[-1])
 
@@ -116,11 +159,11 @@ def _without_window(call, value, shape):
 
 def pad(lowering, call):
     """Zeros around a tensor."""
+    _check_layout(call)
     operation = call.operation
     if hasattr(operation, "pad_width"):
         widths = tuple((int(a), int(b)) for a, b in operation.pad_width)
-        constant = dict(call.kwargs).get("constant_values") or (call.args[1:] or (0,))[0]
-        if operation.mode != "constant" or constant not in (None, 0, 0.0):
+        if operation.mode != "constant" or padding_value(call):
             raise NotExportable(f"{call.name}: only zero padding is supported")
     else:
         widths = ((0, 0), *(tuple(p) for p in operation.padding), (0, 0))
@@ -129,17 +172,19 @@ def pad(lowering, call):
 
 def upsample(lowering, call):
     """Every code repeated."""
+    _check_layout(call)
     layer = call.operation
-    if layer.interpolation != "nearest" or layer.data_format != "channels_last":
+    if layer.interpolation != "nearest":
         raise NotExportable(
-            f"{call.name}: only interpolation='nearest' of channels-last images has an integer "
-            f"form. Got {layer.interpolation!r}, {layer.data_format!r}"
+            f"{call.name}: only interpolation='nearest' has an integer form. "
+            f"Got {layer.interpolation!r}"
         )
     return _moved(lowering, call, ir.ResizeNearest, factors=tuple(layer.size))
 
 
 def reshape(lowering, call):
     """The same codes in another shape."""
+    _check_layout(call)
     return _moved(lowering, call, ir.Reshape)
 
 

@@ -1,5 +1,6 @@
 """Quantized layers and the borders between reals and codes."""
 
+from keras_lowbit.layers.average_pool import AveragePooling2D
 from keras_lowbit.layers.batch_norm import BatchNormalization
 from keras_lowbit.layers.border import Dequantize, Quantize
 from keras_lowbit.layers.conv import (
@@ -10,6 +11,7 @@ from keras_lowbit.layers.conv import (
 from keras_lowbit.layers.dense import QuantizedDense
 
 __all__ = [
+    "AveragePooling2D",
     "BatchNormalization",
     "Dequantize",
     "Quantize",

@@ -1,6 +1,8 @@
-"""Where windows of convolutions and pools lie: SAME padding."""
+"""Where windows of convolutions and pools lie."""
 
 from __future__ import annotations
+
+import numpy as np
 
 
 def same_padding(size: int | None, window: int, stride: int) -> tuple[int, int]:
@@ -15,3 +17,18 @@ def same_padding(size: int | None, window: int, stride: int) -> tuple[int, int]:
     """
     total = window - 1 if stride == 1 else max((-(-size // stride) - 1) * stride + window - size, 0)
     return total // 2, total - total // 2
+
+
+def positions_seen(size: int, window: int, stride: int, padding: str) -> np.ndarray:
+    """How many positions of one axis each window of a pool covers, padding left out.
+
+    Args:
+        size: length of the axis.
+        window: extent of the pool.
+        stride: step of the window.
+        padding: `"SAME"` or `"VALID"`.
+    """
+    places = -(-size // stride) if padding == "SAME" else (size - window) // stride + 1
+    before = same_padding(size, window, stride)[0] if padding == "SAME" else 0
+    start = np.arange(places) * stride - before
+    return np.minimum(start + window, size) - np.maximum(start, 0)

@@ -42,8 +42,11 @@ _QUANTIZED = {
     keras.layers.Dense: layers.QuantizedDense,
 }
 
-# The same layer in training and in the file, sooner done.
-_IN_PLACE_OF = {keras.layers.BatchNormalization: layers.BatchNormalization}
+# The same layer, sooner done, or with one meaning on all backends.
+_IN_PLACE_OF = {
+    keras.layers.AveragePooling2D: layers.AveragePooling2D,
+    keras.layers.BatchNormalization: layers.BatchNormalization,
+}
 
 
 def quantize_model(model, scheme="w8a8", *, input_range=None, name=None) -> keras.Model:

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import tflite_export
-from keras_lowbit import NotExportable, Scheme, calibrate, quantize_model
+from keras_lowbit import NotExportable, Scheme, calibrate, quantize_model, quantizers
 from keras_lowbit import layers as quantized_layers
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer import reference
@@ -92,6 +92,39 @@ def test_batch_norm_becomes_scales_signs_and_a_bias():
     np.testing.assert_allclose(op.kernel_scale, scale * np.array([2, 0.5]), rtol=1e-6)
     unit = graph.tensors[op.inputs[0]].scale * op.kernel_scale
     np.testing.assert_array_equal(op.bias, np.rint(np.array([7.0, 0.0]) / unit))
+
+
+@pytest.mark.parametrize(
+    ("options", "gain", "shift"),
+    [
+        # (x - 1) / 2 and (x - 2) / 4; the other way round x * 2 + 1 and x * 4 + 2
+        ({"mean": [1.0, 2.0], "variance": [4.0, 16.0]}, (0.5, 0.25), (-0.5, -0.5)),
+        ({"mean": [1.0, 2.0], "variance": [4.0, 16.0], "invert": True}, (2, 4), (1, 2)),
+        ({"mean": 1.0, "variance": 4.0, "axis": None}, (0.5, 0.5), (-0.5, -0.5)),
+    ],
+)
+def test_normalization_becomes_a_gain_and_a_bias(options, gain, shift):
+    inputs = keras.Input((4, 4, 2))
+    x = K.Conv2D(2, 1, use_bias=False, name="c")(inputs)
+    small = calibrate(
+        quantize_model(keras.Model(inputs, K.Normalization(**options)(x))), data(4, 4, 2)
+    )
+    _, scale = small.get_layer("c").kernel_quantizer.encode(small.get_layer("c").kernel)
+    op, graph = one(small, "conv_2d", input_type="int8", output_type="int8")
+    wanted = ops.convert_to_numpy(scale).reshape(-1) * np.array(gain)
+    np.testing.assert_allclose(op.kernel_scale, wanted, rtol=1e-6)  # float32
+    unit = graph.tensors[op.inputs[0]].scale * op.kernel_scale
+    np.testing.assert_array_equal(op.bias, np.rint(np.array(shift) / unit))
+
+
+def test_normalization_by_pixel_is_refused_by_name():
+    inputs = keras.Input((4, 4, 2))
+    x = K.Conv2D(2, 1)(inputs)
+    layer = K.Normalization((1, 2, 3), name="by_pixel")
+    layer.adapt(data(4, 4, 2))
+    small = calibrate(quantize_model(keras.Model(inputs, layer(x))), data(4, 4, 2))
+    with pytest.raises(NotExportable, match=r"by_pixel: .*one a channel.*axis=\(1, 2, 3\)"):
+        integer_graph(small)
 
 
 def test_a_channel_without_gain_keeps_its_bias_and_a_normal_scale():
@@ -209,6 +242,113 @@ def test_what_has_no_integer_form_is_refused_by_name(layer, message):
     small = calibrate(quantize_model(model), data(6, 6, 2))
     with pytest.raises(NotExportable, match=message):
         integer_graph(small)
+
+
+# --- inputs that are rescaled, and sums that end at 6 ---------------------------------------------
+
+
+def pixels(*shape):
+    """Every byte at least once in the first channel."""
+    random = np.random.default_rng(0).integers(0, 256, (4, *shape))
+    random.reshape(-1)[:256] = np.arange(256)
+    return random.astype(np.float32)
+
+
+def assert_as_trained(small, images):
+    """What a sum of codes and rounded parts may be off at the end: two steps."""
+    graph = integer_graph(small)
+    feeds = {graph.inputs[0]: images.astype(graph.tensors[graph.inputs[0]].dtype)}
+    values = reference.run(graph, feeds)
+    found = keras.tree.flatten(small.predict(images, verbose=0))
+    for name, trained in zip(graph.outputs, found, strict=True):
+        (last,) = (op for op in graph if op.output == name)
+        step = graph.tensors[last.inputs[0]].scale
+        np.testing.assert_allclose(values[name], trained, atol=2.01 * step)
+    return graph
+
+
+@pytest.mark.parametrize("kind", ["add", "multiply"])
+def test_a_rescaled_image_is_added_and_multiplied_in_reals(kind):
+    """A global skip: the image is written in pixels, and what it meets in reals."""
+    inputs = keras.Input((8, 8, 3), name="image")
+    image = K.Rescaling(1 / 255)(inputs)
+    x = K.Conv2D(3, 3, padding="same")(image)
+    joined = K.Add()([image, x]) if kind == "add" else K.Multiply()([image, x])
+    small = calibrate(quantize_model(keras.Model(inputs, joined)), pixels(8, 8, 3))
+    graph = assert_as_trained(small, pixels(8, 8, 3))
+    (op,) = (op for op in graph if op.kind == kind)
+    assert graph.tensors[op.inputs[0]].scale == pytest.approx(1 / 255, rel=1e-5)
+
+
+def test_a_rescaled_image_that_is_an_output_too_is_written_in_reals():
+    inputs = keras.Input((8, 8, 3), name="image")
+    image = K.Rescaling(1 / 255)(inputs)
+    x = K.Conv2D(2, 3, name="c")(image)
+    small = calibrate(
+        quantize_model(keras.Model(inputs, [K.MaxPooling2D(1)(image), x])), pixels(8, 8, 3)
+    )
+    assert tflite_export.check(small) == []
+    graph = assert_as_trained(small, pixels(8, 8, 3))
+    found = reference.run(graph, {"image": pixels(8, 8, 3)})[graph.outputs[0]]
+    np.testing.assert_allclose(found, pixels(8, 8, 3) / 255, atol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_a_relu6_that_ends_inside_the_grid_may_stand_at_a_sum(place):
+    """Grids of 0..8.9, as of a method without limits: code 172 is the last, and a bit above 6."""
+    inputs = keras.Input((4, 4, 2))
+    x, y = K.Conv2D(2, 1, name="c")(inputs), K.Conv2D(2, 1, name="d")(inputs)
+    total = K.Add()([K.ReLU(6.0)(x), y]) if place == "before" else K.ReLU(6.0)(K.Add()([x, y]))
+    small = quantize_model(keras.Model(inputs, K.Conv2D(2, 1, name="e")(total)))
+    calibrate(small, 9 * data(4, 4, 2))
+    for layer in small.layers:
+        if getattr(getattr(layer, "quantizer", None), "max_value", None) == 6:
+            layer.quantizer.max_value = None
+            layer.quantizer.scale.assign(8.9 / 255)
+    assert_as_trained(small, 9 * data(4, 4, 2))
+
+
+def two_scalings(first, second):
+    inputs = keras.Input((8, 8, 3), name="image")
+    parts = [
+        K.Conv2D(2, 3, name=name)(K.Rescaling(*scaling)(inputs))
+        for name, scaling in (("c", first), ("d", second))
+    ]
+    return keras.Model(inputs, parts)
+
+
+def test_an_input_may_be_rescaled_in_two_ways():
+    """Pixel p is code p of the one grid, and p - 128 of the other."""
+    model = two_scalings((1 / 255,), (1 / 127.5, -1.0))
+    small = calibrate(quantize_model(model), pixels(8, 8, 3))
+    assert tflite_export.check(small) == []
+    graph = assert_as_trained(small, pixels(8, 8, 3))
+    values = reference.run(graph, {"image": pixels(8, 8, 3).astype(np.uint8)})
+    for name in ("c", "d"):
+        (op,) = (op for op in graph if op.source == name)
+        np.testing.assert_array_equal(values[op.inputs[0]] + 128.0, pixels(8, 8, 3))
+
+
+def two_grids(first, second):
+    """One input on two grids of a model built by hand; Keras runs the layer made last first."""
+    inputs = keras.Input((8, 8, 3), name="image")
+    outputs = []
+    for scale in (second, first):
+        x = quantized_layers.Quantize(quantizers.Affine(8, scale=scale))(inputs)
+        x = quantized_layers.QuantizedConv2D(2, 3, kernel_quantizer="lsq")(x)
+        outputs.append(quantized_layers.Dequantize()(quantized_layers.Quantize("lsq")(x)))
+    return calibrate(keras.Model(inputs, outputs), pixels(8, 8, 3))
+
+
+def test_a_grid_of_its_own_beside_that_of_pixels_takes_pixels():
+    """Steps of 0.7 end at 178.5: as codes of steps 1 the input says all of them, were it whole."""
+    graph = assert_as_trained(two_grids(1.0, 0.7), pixels(8, 8, 3))
+    assert graph.tensors[graph.inputs[0]].dtype == "uint8"
+
+
+def test_a_grid_of_pixels_behind_one_that_holds_none_is_refused_by_name():
+    with pytest.raises(NotExportable, match=r"Input image is read on two grids.*once for all"):
+        integer_graph(two_grids(0.7, 1.0))
 
 
 def test_the_code_of_a_copy_is_chosen_so_that_its_bias_is_whole():

@@ -48,6 +48,22 @@ def test_pixels_give_what_preprocessed_images_give(real, preprocessing):
     assert np.mean(np.abs(found - wanted) > 0.01 * step) < 0.1
 
 
+def test_an_inverted_normalization_multiplies_by_deviations():
+    """0.1 and 0.2 a pixel step, from means 3 and -1."""
+    inputs = keras.Input((2, 1, 2), name="image")
+    model = keras.Model(inputs, K.Conv2D(2, 1, name="conv", use_bias=False)(inputs))
+    model.set_weights([np.eye(2, dtype=np.float32)[None, None]])
+    images = np.float32([[3, -1], [28.5, 50]]).reshape(1, 2, 1, 2)
+    small = klb.calibrate(klb.quantize_model(model), images)
+    layer = K.Normalization(mean=[3.0, -1.0], variance=[0.01, 0.04], invert=True)
+    layer.build((None, 2, 1, 2))
+    graph = integer_graph(small, preprocessing=layer)
+    pixels = np.uint8([[0, 0], [255, 255]]).reshape(1, 2, 1, 2)
+    found = reference.run(graph, {graph.inputs[0]: pixels})[graph.outputs[0]]
+    # One step of 51 / 255 for each of two roundings.
+    np.testing.assert_allclose(found, images, atol=0.2)
+
+
 def test_a_grid_of_the_pixels_needs_no_operation():
     """input_range (-1, 1): steps of 2 / 255, and each pixel value has a code."""
     model = calibrated(PIXELS / 127.5 - 1, input_range=(-1, 1))

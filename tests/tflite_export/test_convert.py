@@ -84,6 +84,45 @@ def test_a_frozen_model_exports_to_the_same_bytes(tmp_path, weights):
     assert convert(loaded, weights=weights).content == wanted
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "int4"}, r"frozen with weights='int8'. For 'int4' give weights to freeze"),
+        ({"weights": "int4_all"}, r"frozen with weights='int8'. For 'int4_all' give weights"),
+        ({"input_type": "uint8"}, r"frozen with input_type='float32'. For 'uint8'"),
+        ({"output_type": "int8"}, r"frozen with output_type='float32'. For 'int8'"),
+        ({"input_type": "int2"}, r"input_type must be one of"),
+        ({"batch": 0}, r"batch must be a whole number"),
+    ],
+)
+def test_a_frozen_model_is_not_something_else(options, message):
+    with pytest.raises(ValueError, match=message):
+        convert(freeze(trained()), **options)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "int4_all"])
+def test_a_file_of_a_frozen_model_says_what_its_kernels_are(weights):
+    inputs = keras.Input(SHAPE)
+    model = keras.Model(inputs, body(K.Conv2D(4, 3)(K.Conv2D(4, 1)(inputs))))
+    options = {"weights": weights, "input_type": "uint8", "output_type": "int8"}
+    frozen = freeze(trained(model=model), **options)
+    assert convert(frozen).weights == weights
+    assert convert(frozen, **options).weights == weights
+
+
+def test_where_no_kernel_fits_int4_its_files_are_those_of_int8():
+    frozen = freeze(trained("w8a8"), weights="int4")
+    assert convert(frozen).weights == "int8"
+    assert convert(frozen, weights="int4").weights == "int4"
+
+
+def test_a_frozen_model_takes_any_batch():
+    model = trained()
+    result = convert(freeze(model), batch=3, verify=images(6))
+    assert result.content == convert(model, batch=3).content
+    assert result.mismatches == 0
+
+
 def test_a_trained_model_that_was_saved_exports_to_the_same_bytes(tmp_path):
     model = trained()
     model.save(tmp_path / "trained.keras")
@@ -243,8 +282,17 @@ def test_verification_images_must_fit_the_files_input():
         convert(model, verify=images()[:, :-1])
     with pytest.raises(ValueError, match="takes uint8: the images hold other values"):
         convert(model, input_type="uint8", verify=images())
+    with pytest.raises(ValueError, match="the images hold other values"):
+        convert(model, verify=np.full_like(images(), np.nan))
+    with pytest.raises(ValueError, match=r"at least one image is needed. Got \(0, 7, 5, 3\)"):
+        convert(model, verify=images()[:0])
     with pytest.raises(ValueError, match="Got 2 arrays"):
         convert(model, verify=[images(), images()])
+
+
+def test_verification_images_may_be_float64():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *SHAPE)).astype(np.uint8)
+    assert convert(trained(), verify=pixels / 255.0).mismatches == 0
 
 
 def test_the_old_target_refuses_int4_dense_layers_by_name():
