@@ -57,12 +57,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Program:
-    """A flattened model."""
+    """A flattened model; `output_names` are those of `outputs`, flattened."""
 
     calls: tuple[Call, ...]
     inputs: tuple[Ref, ...]
     input_names: tuple[str, ...]
     outputs: Any
+    output_names: tuple[str, ...] = ()
 
     def readers(self) -> dict[int, list[Call]]:
         """Calls that read each tensor, by the tensor's index; a call counts once."""
@@ -148,7 +149,7 @@ def flatten(model: keras.Model) -> Program:
     names = tuple(t.name for t in graph.inputs)
     visit(graph, known, "")
     outputs = keras.tree.map_structure(lambda t: known[id(t)], graph.output)
-    return Program(tuple(calls), inputs, names, outputs)
+    return Program(tuple(calls), inputs, names, outputs, tuple(graph.output_names))
 
 
 def _refer(structure, known: Mapping[int, Ref]):

@@ -17,6 +17,7 @@ from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of
+from keras_lowbit.transform.named_outputs import model_of
 
 _FOLDABLE = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
 
@@ -145,7 +146,7 @@ def _rebuild(program, pairs, name):
     ]
     values = walk.run(program, inputs, execute)
     outputs = walk.substitute(program.outputs, values)
-    return keras.Model(inputs if len(inputs) > 1 else inputs[0], outputs, name=name)
+    return model_of(inputs if len(inputs) > 1 else inputs[0], outputs, name, program.output_names)
 
 
 def _folded(layer, norm):

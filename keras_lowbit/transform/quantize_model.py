@@ -27,6 +27,7 @@ from keras_lowbit.kinds import (
 )
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
+from keras_lowbit.transform.named_outputs import model_of
 from keras_lowbit.transform.plan import BEFORE_GRID, STREAM_BITS, Plan
 
 # Quantizers of activations that know of a ReLU6 in front.
@@ -62,7 +63,8 @@ def quantize_model(model, scheme="w8a8", *, input_range=None, name=None) -> kera
         name: name of the new model.
 
     Returns:
-        A functional model; `keras_lowbit.summary` lists what stayed float, and why.
+        A functional model with the inputs and outputs of the given one, names included;
+        `keras_lowbit.summary` lists what stayed float, and why.
 
     Raises:
         ValueError: unknown scheme or key, a model without a graph, nothing to quantize,
@@ -122,7 +124,12 @@ class _Builder:
         outputs = keras.tree.map_structure(
             lambda r: self._output(r) if isinstance(r, walk.Ref) else r, self.program.outputs
         )
-        return keras.Model(inputs if len(inputs) > 1 else inputs[0], outputs, name=_plain(name))
+        return model_of(
+            inputs if len(inputs) > 1 else inputs[0],
+            outputs,
+            _plain(name),
+            self.program.output_names,
+        )
 
     # --- one call -----------------------------------------------------------------------------
 

@@ -152,6 +152,8 @@ def rescale_pairs(model, data, method="fat", limit=5.9, *, batch_size=32, return
         raise ValueError(f"rescale_pairs: limit must lie between 0 and 6. Got {limit!r}")
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
+    if hasattr(model, "output_names"):  # a Sequential model has none
+        copy.output_names = list(model.output_names)
     program = walk.flatten(copy)
     pairs, declined = _pairs(program, method)
     if not pairs:

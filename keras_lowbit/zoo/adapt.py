@@ -36,6 +36,7 @@ def with_input_shape(model: keras.Model, shape) -> keras.Model:
     try:
         resized = keras.models.clone_model(model, input_tensors=image)
         resized.set_weights(model.get_weights())
+        resized.output_names = list(model.output_names)
     except ValueError as error:
         raise ValueError(f"{model.name} cannot take images of {shape}: {error}") from error
     return resized
