@@ -17,6 +17,7 @@ from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of
+from keras_lowbit.transform.kernels import set_weights
 from keras_lowbit.transform.named_outputs import model_of
 
 _FOLDABLE = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
@@ -137,7 +138,7 @@ def _rebuild(program, pairs, name):
         if id(call) in norm_of:
             operation.set_weights(_folded(original, norm_of[id(call)]))
         elif isinstance(original, keras.layers.Layer) and original.weights:
-            operation.set_weights(original.get_weights())
+            set_weights(operation, original.get_weights())
         return results
 
     inputs = [

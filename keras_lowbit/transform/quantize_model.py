@@ -26,7 +26,7 @@ from keras_lowbit.kinds import (
     slope_of,
 )
 from keras_lowbit.scheme import Scheme
-from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
+from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels, set_weights
 from keras_lowbit.transform.named_outputs import model_of
 from keras_lowbit.transform.plan import BEFORE_GRID, STREAM_BITS, Plan
 
@@ -42,6 +42,8 @@ _QUANTIZED = {
     keras.layers.SeparableConv2D: layers.QuantizedSeparableConv2D,
     keras.layers.Dense: layers.QuantizedDense,
 }
+
+_HALVES = ("float16", "bfloat16")
 
 # The same layer in training and in the file, sooner done.
 _IN_PLACE_OF = {keras.layers.BatchNormalization: layers.BatchNormalization}
@@ -358,6 +360,9 @@ class _Builder:
             config = original.get_config()
             if isinstance(original, keras.layers.Layer):
                 config["name"] = self._name(call.name)
+                if kind_of(call) not in (None, "product") and original.compute_dtype in _HALVES:
+                    # What stands between grids has to tell neighbouring codes apart.
+                    config["dtype"] = "float32"
             operation = _IN_PLACE_OF.get(type(original), type(original)).from_config(config)
             if not isinstance(original, keras.layers.Layer):
                 # Keras counts on from names in use, which may be those of copied layers.
@@ -367,7 +372,7 @@ class _Builder:
             *walk.substitute(call.args, read), **walk.substitute(dict(call.kwargs), read)
         )
         if isinstance(original, keras.layers.Layer) and original.weights:
-            operation.set_weights(original.get_weights())
+            set_weights(operation, original.get_weights())
         return results
 
     def _quantized_layer(self, call, widths, needs_bias, signs):

@@ -1,0 +1,99 @@
+"""What copies of a layer keep: everything that the original computes with."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_lowbit import fold_batchnorm, zoo
+from keras_lowbit.transform import calibrate, quantize_model, rescale_pairs
+
+K = keras.layers
+SHAPE = (8, 8, 3)
+MEAN, DEVIATION = (5.0, -3.0, 120.0), (2.0, 0.5, 40.0)
+
+
+def images(n=8):
+    reals = np.random.default_rng(0).normal(MEAN, DEVIATION, (n, *SHAPE))
+    return reals.astype("float32")
+
+
+def adapted_model():
+    norm = K.Normalization(name="norm")
+    norm.adapt(images(64))
+    inputs = keras.Input(SHAPE)
+    x = K.DepthwiseConv2D(3, name="dw")(norm(inputs))
+    return keras.Model(inputs, K.Conv2D(2, 1, name="pw")(K.ReLU()(x)))
+
+
+COPIES = {
+    "quantized": lambda model: quantize_model(model, "w8a8"),
+    "folded": fold_batchnorm,
+    "rescaled": lambda model: rescale_pairs(model, images()),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_an_adapted_normalization_has_its_mean_and_variance_in_copies(copy):
+    model = adapted_model()
+    norm = COPIES[copy](model).get_layer("norm")
+    for name in ("mean", "variance"):
+        wanted = ops.convert_to_numpy(getattr(model.get_layer("norm"), name))
+        made = ops.convert_to_numpy(getattr(norm, name))
+        np.testing.assert_array_equal(made, wanted)
+    # (mean + deviation - mean) / deviation, but for the 64 images' own moments
+    ends = np.broadcast_to(np.add(MEAN, DEVIATION).astype("float32"), (1, *SHAPE))
+    np.testing.assert_allclose(ops.convert_to_numpy(norm(ends)), 1.0, atol=0.1)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+def test_a_copied_normalization_computes_in_float32(policy):
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        quantized = quantize_model(adapted_model(), "w8a8")
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    norm = quantized.get_layer("norm")
+    mean, variance = (ops.convert_to_numpy(v) for v in (norm.adapt_mean, norm.adapt_variance))
+    expected = (images() - mean) / np.sqrt(variance)
+    made = ops.convert_to_numpy(norm(images()))
+    np.testing.assert_allclose(made, expected, atol=1e-5)  # float32: 1e-7 of 120 / 2
+
+
+def test_a_resized_model_has_its_mean_and_variance():
+    quantized = calibrate(quantize_model(adapted_model(), "w8a8"), images())
+    resized = zoo.adapt.with_input_shape(quantized, (12, 12, 3))
+    made, wanted = (m.get_layer("norm").mean for m in (resized, quantized))
+    np.testing.assert_array_equal(ops.convert_to_numpy(made), ops.convert_to_numpy(wanted))
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_all_256_pixel_codes_survive_a_rescaling_under_mixed_precision(policy):
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        inputs = keras.Input((16, 16, 1))
+        x = K.Conv2D(2, 3, name="conv")(K.Rescaling(1 / 127.5, -1.0, name="rescale")(inputs))
+        quantized = quantize_model(keras.Model(inputs, x), "w8a8")
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    pixels = np.arange(256, dtype="float32").reshape(1, 16, 16, 1)
+    reals = quantized.get_layer("rescale")(pixels)
+    codes, _ = quantized.get_layer("rescale_quantize")(reals)
+    codes = ops.convert_to_numpy(codes).reshape(-1)
+    # 0.0 lies between pixels 127 and 128; codes start at round(-127.5) = -128.
+    np.testing.assert_array_equal(codes, np.arange(256) - 128)
+
+
+def test_whatever_stands_between_grids_is_float32_under_mixed_precision():
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        inputs = keras.Input(SHAPE)
+        x = K.ReLU(name="relu")(K.BatchNormalization(name="bn")(K.Conv2D(4, 1, name="a")(inputs)))
+        x = K.Concatenate(name="cat")([x, K.AveragePooling2D(3, 1, "same", name="pool")(x)])
+        x = K.Conv2D(4, 1, name="float")(x)
+        x = K.Dense(2, name="head")(K.GlobalAveragePooling2D(name="gap")(x))
+        model = quantize_model(keras.Model(inputs, x), {"*": "w8a8", "float": None})
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    found = {layer.name: layer.compute_dtype for layer in model.layers[1:]}
+    assert {name for name, dtype in found.items() if dtype != "float32"} == {"float"}
