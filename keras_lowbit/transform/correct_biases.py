@@ -11,11 +11,13 @@ Reference:
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 from keras import ops
 
 from keras_lowbit import walk
-from keras_lowbit.kinds import kind_of
+from keras_lowbit.kinds import activation_name, kind_of
 from keras_lowbit.progress import track
 from keras_lowbit.transform.calibrate import checked_batches, uncalibrated
 from keras_lowbit.transform.snap_biases import snap_biases
@@ -23,6 +25,8 @@ from keras_lowbit.transform.snap_biases import snap_biases
 
 def correct_biases(model, float_model, images):
     """Match the channel means of a quantized model to those of its float model, in place.
+
+    Layers that are called several times stay as they are: they have one bias and several means.
 
     Args:
         model: a calibrated model of `quantize_model`.
@@ -42,8 +46,7 @@ def correct_biases(model, float_model, images):
     means = _float_means(walk.flatten(float_model), images)
     program = walk.flatten(model)
     sites = _sites(program)
-    known = [name for name in sites.values() if name in means]
-    if not known:
+    if not any(call.name in means for call in program.calls):
         raise ValueError(
             f"{float_model.name} shares no layer names with {model.name}: pass the float model "
             "that it was quantized from"
@@ -70,8 +73,11 @@ def correct_biases(model, float_model, images):
 def _sites(program) -> dict[int, str]:
     """Tensors whose mean a bias can move, by index: products and the batch norms behind them."""
     readers = program.readers()
+    times = collections.Counter(id(call.operation) for call in program.calls)
     found = {}
     for call in program.calls:
+        if times[id(call.operation)] > 1:
+            continue
         followed = [kind_of(c) for c in readers.get(call.output.index, [])] if _single(call) else []
         if kind_of(call) == "product" and followed != ["batch_norm"]:
             if _is_linear(call.operation) and call.operation.use_bias:
@@ -86,7 +92,7 @@ def _single(call):
 
 
 def _is_linear(layer):
-    return layer.activation is None or layer.activation.__name__ == "linear"
+    return activation_name(layer) == "linear"
 
 
 def _bias_of(layer):
