@@ -26,6 +26,7 @@ from keras_lowbit.kinds import (
     slope_of,
 )
 from keras_lowbit.scheme import Scheme
+from keras_lowbit.transform.input_ranges import ranges_by_input
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels, set_weights
 from keras_lowbit.transform.named_outputs import model_of
 from keras_lowbit.transform.plan import BEFORE_GRID, STREAM_BITS, Plan
@@ -62,6 +63,8 @@ def quantize_model(model, scheme="w8a8", *, input_range=None, name=None) -> kera
         input_range: reals of pixel 0 and pixel 255 when images arrive preprocessed, such as
             `(-1, 1)`: every pixel value then keeps a code of its own. A model that starts with
             `Rescaling` needs none; without either, `calibrate` takes the range from its images.
+            Of several inputs a pair is meant for those of height, width and channels; a mapping
+            of input names to pairs says it one by one.
         name: name of the new model.
 
     Returns:
@@ -70,7 +73,8 @@ def quantize_model(model, scheme="w8a8", *, input_range=None, name=None) -> kera
 
     Raises:
         ValueError: unknown scheme or key, a model without a graph, nothing to quantize,
-            an exception pattern that matches no layer.
+            an exception pattern that matches no layer, an `input_range` that is no rising pair or
+            names no input.
     """
     program = walk.flatten(model)
     scheme = Scheme.of(scheme)
@@ -109,7 +113,7 @@ class _Builder:
     def __init__(self, program, scheme, input_range):
         self.program = program
         self.scheme = scheme
-        self.input_range = input_range
+        self.ranges = ranges_by_input(program, input_range)
         self.plan = Plan(program, scheme)
         self.entries: dict[int, _Entry] = {}
         self.clones: dict[int, Any] = {}
@@ -312,10 +316,8 @@ class _Builder:
         call = self.plan.walk_back(ref, BEFORE_GRID)
         if call is not None:
             scale, offset = self._image_scaling(call)
-        elif self.input_range is not None:
-            bottom, top = self.input_range
-            if not top > bottom:
-                raise ValueError(f"input_range must rise. Got {self.input_range}")
+        elif (ends := self.ranges.get(self.plan.input_of(ref))) is not None:
+            bottom, top = ends
             scale, offset = (top - bottom) / 255.0, bottom
         else:
             return quantizers.Affine(8)
