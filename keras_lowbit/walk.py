@@ -136,7 +136,7 @@ def flatten(model: keras.Model) -> Program:
                         Call(node.operation, prefix + node.operation.name, args, kwargs, made)
                     )
                 else:
-                    fed = refs((args, kwargs))
+                    fed = _fed(inner, args, kwargs)
                     inside = {id(t): r for t, r in zip(inner.inputs, fed, strict=True)}
                     visit(inner, inside, f"{prefix}{node.operation.name}/")
                     made = [inside[id(t)] for t in inner.outputs]
@@ -150,6 +150,15 @@ def flatten(model: keras.Model) -> Program:
     visit(graph, known, "")
     outputs = keras.tree.map_structure(lambda t: known[id(t)], graph.output)
     return Program(tuple(calls), inputs, names, outputs, tuple(graph.output_names))
+
+
+def _fed(inner, args, kwargs) -> list[Ref]:
+    """What a nested model is called with, in the order of its inputs."""
+    given = args[0] if args else kwargs.get("inputs")
+    if isinstance(given, dict) and not isinstance(inner.input, dict):
+        # As Keras reads it: by the names of the inputs, not in the order of keys.
+        return [given[tensor.name] for tensor in inner.inputs]
+    return refs((args, kwargs))
 
 
 def _refer(structure, known: Mapping[int, Ref]):
