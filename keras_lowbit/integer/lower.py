@@ -149,7 +149,8 @@ def _on_grid(lowering, call, value, quantizer):
 
 
 def _dequantize(lowering, call):
-    return lowering.read(call)
+    value, offset = lowering.read(call), call.operation.offset
+    return _affine(value, 1.0, offset, call) if offset else value
 
 
 def _product(lowering, call):
