@@ -26,7 +26,7 @@ from keras_lowbit.cli.methods import (
 from keras_lowbit.distillation import Distiller, MutualDistiller
 from keras_lowbit.training import CyclicTraining, exclude_from_weight_decay
 from keras_lowbit.transform import fold_batchnorm, reestimate_batchnorm
-from keras_lowbit.transform.kernels import set_weights
+from keras_lowbit.transform.copies import set_weights
 
 
 def fit(

@@ -17,7 +17,7 @@ from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of
-from keras_lowbit.transform.kernels import set_weights
+from keras_lowbit.transform.copies import rebuilt, set_weights
 from keras_lowbit.transform.named_outputs import model_of
 
 _FOLDABLE = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
@@ -133,7 +133,7 @@ def _rebuild(program, pairs, name):
                 config["name"] = call.name.replace("/", "_")
             if id(call) in norm_of:
                 config["use_bias"] = True
-            operation = clones[id(original)] = type(original).from_config(config)
+            operation = clones[id(original)] = rebuilt(original, config)
         results = operation(*args, **kwargs)
         if id(call) in norm_of:
             operation.set_weights(_folded(original, norm_of[id(call)]))

@@ -1,29 +1,12 @@
-"""Weights of copied layers; latent kernels of quantized ones: copied, fitted, shifted."""
+"""Latent kernels of quantized layers: copied from float layers, fitted, shifted."""
 
 from __future__ import annotations
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_lowbit import layers
 from keras_lowbit.layers.packed_kernels import kernels
-
-
-def set_weights(layer, weights):
-    """`set_weights` of a layer or a model, and of what `Normalization` derives from its weights.
-
-    Keras computes its mean and variance anew where a file is read, but not here.
-    """
-    layer.set_weights(weights)
-    _derive(layer)
-
-
-def _derive(layer):
-    if isinstance(layer, keras.layers.Normalization):
-        layer.finalize_state()
-    for part in getattr(layer, "layers", ()):
-        _derive(part)
 
 
 def fit_kernels(layer):

@@ -24,8 +24,9 @@ from keras_lowbit.kinds import (
     slope_of,
 )
 from keras_lowbit.scheme import Scheme
+from keras_lowbit.transform.copies import rebuilt, set_weights
 from keras_lowbit.transform.image_grids import ImageGrids
-from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels, set_weights
+from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
 from keras_lowbit.transform.named_outputs import model_of
 from keras_lowbit.transform.plan import STREAM_BITS, Plan
 
@@ -362,7 +363,7 @@ class _Builder:
                 if kind_of(call) not in (None, "product") and original.compute_dtype in _HALVES:
                     # What stands between grids has to tell neighbouring codes apart.
                     config["dtype"] = "float32"
-            operation = _IN_PLACE_OF.get(type(original), type(original)).from_config(config)
+            operation = rebuilt(original, config, _IN_PLACE_OF.get(type(original)))
             if not isinstance(original, keras.layers.Layer):
                 # Keras counts on from names in use, which may be those of copied layers.
                 operation.name = self._name(call.name)
@@ -394,9 +395,8 @@ class _Builder:
         config.pop("dtype", None)
         if signs and not isinstance(original, keras.layers.Dense):
             config["pad_code"] = quantizers.Sign.pad_code
-        layer = _QUANTIZED[type(original)].from_config(
-            {**config, **self._kernel_quantizers(type(original), widths)}
-        )
+        config |= self._kernel_quantizers(type(original), widths)
+        layer = rebuilt(original, config, _QUANTIZED[type(original)])
         self.clones[id(original)] = (layer, after)
         return layer, after, True
 

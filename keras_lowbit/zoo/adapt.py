@@ -7,7 +7,8 @@ import numpy as np
 
 from keras_lowbit.callbacks.sites import quantizers_of
 from keras_lowbit.layers import Dequantize, Quantize, QuantizedDense
-from keras_lowbit.transform.kernels import fit_kernels, set_weights
+from keras_lowbit.transform.copies import set_weights
+from keras_lowbit.transform.kernels import fit_kernels
 
 _BEHIND = (Quantize, Dequantize, keras.layers.Softmax, keras.layers.Activation)
 

@@ -8,7 +8,7 @@ import warnings
 
 import keras
 
-from keras_lowbit.transform.kernels import set_weights
+from keras_lowbit.transform.copies import set_weights
 from keras_lowbit.zoo.architectures import imagenet
 from keras_lowbit.zoo.architectures.alexnet import alexnet_bn
 from keras_lowbit.zoo.architectures.mnasnet import mnasnet_a1, mnasnet_b1

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import tflite_export
 from keras_lowbit import fold_batchnorm, zoo
 from keras_lowbit.transform import calibrate, quantize_model, rescale_pairs
 
@@ -97,3 +98,56 @@ def test_whatever_stands_between_grids_is_float32_under_mixed_precision():
         keras.mixed_precision.set_global_policy("float32")
     found = {layer.name: layer.compute_dtype for layer in model.layers[1:]}
     assert {name for name, dtype in found.items() if dtype != "float32"} == {"float"}
+
+
+def halved(x):
+    return 0.5 * x
+
+
+class Odd(keras.regularizers.Regularizer):
+    """Of a class that Keras has no record of."""
+
+    def __call__(self, x):
+        return 0.01 * ops.sum(ops.square(x))
+
+    def get_config(self):
+        return {}
+
+
+@pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`")
+def test_functions_that_keras_cannot_write_down_are_shared_with_the_copy():
+    scale = 3.0
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(4, 3, name="a", kernel_regularizer=Odd())(inputs)
+    x = K.Activation(halved, name="half")(x)
+    x = K.Lambda(lambda t: t * scale, name="triple")(x)
+    x = K.Activation(lambda t: ops.minimum(t, 2.0), name="cap")(x)
+    x = K.Conv2D(4, 1, activation=halved, name="b")(x)
+    model = keras.Model(inputs, K.Dense(2, name="c")(K.Flatten()(x)))
+    data = images() / 40
+    for copy in (fold_batchnorm(model), calibrate(quantize_model(model, "w8a8"), data)):
+        wanted, made = model.predict(data, verbose=0), copy.predict(data, verbose=0)
+        np.testing.assert_allclose(made, wanted, atol=0.03 * np.abs(wanted).max())
+    assert any("triple (Lambda) has no integer form" in line for line in tflite_export.check(model))
+
+
+class Needy(K.Layer):
+    """Cannot be made again: its config lacks what it needs."""
+
+    def __init__(self, gain, name=None):
+        super().__init__(name=name)
+        self.gain = gain
+
+    def get_config(self):
+        return {"name": self.name}
+
+    def call(self, inputs):
+        return inputs * self.gain
+
+
+def test_a_layer_that_cannot_be_made_again_is_named_in_one_line():
+    inputs = keras.Input(SHAPE)
+    model = keras.Model(inputs, Needy(2.0, name="needy")(K.Conv2D(2, 1)(inputs)))
+    with pytest.raises(ValueError, match=r"^needy \(Needy\) cannot be copied: .*'gain'") as caught:
+        quantize_model(model, "w8a8")
+    assert len(str(caught.value).splitlines()) == 1
