@@ -72,9 +72,9 @@ def quantize_model(model, scheme="w8a8", *, input_range=None, name=None) -> kera
         `keras_lowbit.summary` lists what stayed float, and why.
 
     Raises:
-        ValueError: unknown scheme or key, a model without a graph, nothing to quantize,
-            an exception pattern that matches no layer, an `input_range` that is no rising pair or
-            names no input.
+        ValueError: unknown scheme or key, a model without a graph, nothing to quantize, channels
+            first, a layer that cannot be copied, an exception pattern that matches no layer, an
+            `input_range` that is no rising pair or names no input.
     """
     program = walk.flatten(model)
     scheme = Scheme.of(scheme)
@@ -91,6 +91,17 @@ def _check(program, scheme, model_name):
         raise ValueError(
             f"{model_name} has no layer to quantize: expected Conv2D, DepthwiseConv2D, "
             "SeparableConv2D or Dense."
+        )
+    first = [
+        call.name
+        for call in program.calls
+        if kind_of(call) == "product"
+        and getattr(call.operation, "data_format", "channels_last") != "channels_last"
+    ]
+    if first:
+        raise ValueError(
+            f"{', '.join(dict.fromkeys(first))}: images must have their channels last, as in "
+            "files. Build the model with data_format='channels_last'"
         )
     unused = scheme.unused_exceptions(names)
     if unused:

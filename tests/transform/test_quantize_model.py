@@ -310,6 +310,38 @@ def test_models_that_cannot_be_quantized_are_refused():
         quantize_model(quantize_model(small_model(), "w8a8"), "w8a8")
 
 
+def test_channels_first_are_refused_by_name_in_one_line():
+    inputs = keras.Input((3, 6, 5))
+    x = K.Conv2D(4, 3, data_format="channels_first", name="a")(inputs)
+    x = K.DepthwiseConv2D(3, data_format="channels_first", name="b")(x)
+    with pytest.raises(ValueError, match=r"^a, b: images must have their channels last[^\n]*$"):
+        quantize_model(keras.Model(inputs, x), "w8a8")
+
+
+def of_any_size(inputs):
+    return K.GlobalAveragePooling2D()(K.Conv2D(4, 3)(inputs))
+
+
+OBJECTIONS = {
+    "dynamic size": ((None, None, 3), of_any_size, "dynamic shape"),
+    "channels first": (
+        (3, 6, 5),
+        lambda x: K.Conv2D(4, 3, data_format="channels_first")(x),
+        "last",
+    ),
+    "by channel": (SHAPE, lambda x: K.Conv2D(2, 1)(K.Rescaling([1.0, 2.0, 3.0])(x)), "by channel"),
+    "one dimension": ((9, 3), K.Conv1D(2, 3), "no layer to quantize"),
+}
+
+
+@pytest.mark.parametrize("case", OBJECTIONS)
+def test_check_lists_what_quantize_model_refuses(case):
+    shape, body, words = OBJECTIONS[case]
+    inputs = keras.Input(shape)
+    (line,) = tflite_export.check(keras.Model(inputs, body(inputs)))
+    assert words in line
+
+
 # --- where images come in ---------------------------------------------------------------------
 
 
