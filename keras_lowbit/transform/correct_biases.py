@@ -19,7 +19,8 @@ from keras import ops
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of
 from keras_lowbit.progress import track
-from keras_lowbit.transform.calibrate import checked_batches, uncalibrated
+from keras_lowbit.transform.batches import checked_batches
+from keras_lowbit.transform.calibrate import uncalibrated
 from keras_lowbit.transform.snap_biases import snap_biases
 
 
@@ -51,7 +52,7 @@ def correct_biases(model, float_model, images):
             f"{float_model.name} shares no layer names with {model.name}: pass the float model "
             "that it was quantized from"
         )
-    (batch,) = checked_batches(program, images, len(images))
+    (batch,) = checked_batches(program, images, None)
     feeds = _feeds(program, batch)
     bar = iter(track(range(len(program.calls)), "correct biases"))
 
@@ -101,7 +102,7 @@ def _bias_of(layer):
 
 def _float_means(program, images):
     """Channel means of the outputs that `_sites` names, by layer name as in the quantized model."""
-    (batch,) = checked_batches(program, images, len(images))
+    (batch,) = checked_batches(program, images, None)
     means = {}
 
     def execute(call, args, kwargs):

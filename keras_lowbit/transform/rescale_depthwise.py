@@ -20,7 +20,7 @@ from keras import ops
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of
 from keras_lowbit.progress import track
-from keras_lowbit.transform.calibrate import checked_batches
+from keras_lowbit.transform.batches import checked_batches
 from keras_lowbit.transform.copies import set_weights
 
 METHODS = ("fat", "cle", "activations")
