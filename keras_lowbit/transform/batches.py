@@ -18,7 +18,8 @@ class Batches:
         program: of `walk.flatten`; its inputs say what fits.
         images: array, list or mapping of arrays (several inputs), or an iterable of batches, each
             of which is inputs or `(inputs, targets)`.
-        batch_size: images at a time, for arrays; `None` for all.
+        batch_size: images at a time, for arrays; `None` for all. A model of a fixed batch size
+            takes that.
         steps: batches at most; `None` for all.
 
     Attributes:
@@ -37,7 +38,8 @@ class Batches:
         self.program = program
         arrays = self._arrays(images)
         if arrays is not None:
-            batches = _cut(arrays, batch_size)[:steps]
+            fixed = {ref.shape[0] for ref in program.inputs} - {None}
+            batches = _cut(arrays, min(fixed, default=batch_size))[:steps]
             self.count, self.images = len(batches), sum(len(b[0]) for b in batches)
             self._start(batches)
             return
@@ -141,7 +143,7 @@ def _check(program, batch):
         raise ValueError(f"The model has {len(shapes)} inputs. Got {len(batch)} arrays")
     for array, shape in zip(batch, shapes, strict=True):
         fits = len(array.shape) == len(shape) and all(
-            want in (None, got) for want, got in zip(shape[1:], array.shape[1:], strict=True)
+            want in (None, got) for want, got in zip(shape, array.shape, strict=True)
         )
         if not fits:
             raise ValueError(

@@ -1,8 +1,16 @@
-"""Copies of Keras layers: made again from their configs, with their weights."""
+"""Copies of inputs and layers: layers are made again from their configs, with their weights."""
 
 from __future__ import annotations
 
 import keras
+
+
+def inputs_like(program) -> list:
+    """`keras.Input` for each input of a program, of its name, type and batch size."""
+    return [
+        keras.Input(batch_shape=ref.shape, dtype=ref.dtype, name=name)
+        for ref, name in zip(program.inputs, program.input_names, strict=True)
+    ]
 
 
 def rebuilt(original, config, cls=None):

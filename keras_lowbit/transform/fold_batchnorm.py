@@ -17,7 +17,7 @@ from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of
-from keras_lowbit.transform.copies import rebuilt, set_weights
+from keras_lowbit.transform.copies import inputs_like, rebuilt, set_weights
 from keras_lowbit.transform.named_outputs import model_of
 
 _FOLDABLE = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
@@ -141,10 +141,7 @@ def _rebuild(program, pairs, name):
             set_weights(operation, original.get_weights())
         return results
 
-    inputs = [
-        keras.Input(ref.shape[1:], dtype=ref.dtype, name=input_name)
-        for ref, input_name in zip(program.inputs, program.input_names, strict=True)
-    ]
+    inputs = inputs_like(program)
     values = walk.run(program, inputs, execute)
     outputs = walk.substitute(program.outputs, values)
     return model_of(inputs if len(inputs) > 1 else inputs[0], outputs, name, program.output_names)

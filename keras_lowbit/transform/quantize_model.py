@@ -24,7 +24,7 @@ from keras_lowbit.kinds import (
     slope_of,
 )
 from keras_lowbit.scheme import Scheme
-from keras_lowbit.transform.copies import rebuilt, set_weights
+from keras_lowbit.transform.copies import inputs_like, rebuilt, set_weights
 from keras_lowbit.transform.image_grids import ImageGrids
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
 from keras_lowbit.transform.named_outputs import model_of
@@ -137,10 +137,8 @@ class _Builder:
         self.names: set[str] = set()
 
     def build(self, name):
-        inputs = []
-        for ref, input_name in zip(self.program.inputs, self.program.input_names, strict=True):
-            tensor = keras.Input(ref.shape[1:], dtype=ref.dtype, name=input_name)
-            inputs.append(tensor)
+        inputs = inputs_like(self.program)
+        for ref, tensor in zip(self.program.inputs, inputs, strict=True):
             self.entries[ref.index] = _Entry(values=tensor)
         for call in self.program.calls:
             self._call(call)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_lowbit import layers
+from keras_lowbit import fold_batchnorm, layers
 from keras_lowbit.transform import calibrate, quantize_model
 
 K = keras.layers
@@ -94,3 +94,18 @@ def test_the_only_input_takes_a_pair_whatever_its_shape():
 def test_what_is_no_range_is_refused(given, sentence):
     with pytest.raises(ValueError, match=sentence):
         quantize_model(pair_model(), "w8a8", input_range=given)
+
+
+@pytest.mark.parametrize("copy", [lambda m: quantize_model(m, "w8a8"), fold_batchnorm])
+def test_a_fixed_batch_size_stays_and_is_what_calibrate_takes(copy):
+    inputs = keras.Input(batch_shape=(4, *SHAPE), name="image")
+    x = ops.reshape(K.Conv2D(4, 3, name="conv")(inputs), (4, -1))
+    model = keras.Model(inputs, K.Dense(2, name="head")(x))
+    made = copy(model)
+    assert made.inputs[0].shape == (4, *SHAPE)
+    data = RANDOM.uniform(-1, 1, (8, *SHAPE)).astype("float32")
+    calibrate(made, data)
+    wanted = model.predict(data, batch_size=4, verbose=0)
+    np.testing.assert_allclose(made.predict(data, batch_size=4, verbose=0), wanted, atol=0.03)
+    with pytest.raises(ValueError, match=r"must have shape \(4, 6, 5, 3\).* Got \(2, 6, 5, 3\)"):
+        calibrate(made, data[:6])
