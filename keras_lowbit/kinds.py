@@ -67,6 +67,7 @@ _OPERATIONS = {
     "Concatenate": "concatenate",
     "Relu": "activation",
     "Relu6": "activation",
+    "ReLU": "activation",  # `keras.activations.relu` with a limit, a slope or a threshold
     "Softmax": "activation",
     "Sigmoid": "activation",
     "HardSigmoid": "activation",
@@ -160,17 +161,17 @@ def _constant(value):
 def activation_name(operation) -> str:
     """`"linear"`, `"relu"`, `"relu6"`, `"softmax"` or the name of another activation.
 
-    A ReLU with a limit other than 6 is `"relu_limited"`, one with a slope of at most 1
+    A ReLU with a limit other than 6 is `"relu_limited"`, one with a slope below 1
     `"leaky_relu"`, and one with a threshold, or with slope and limit, `"relu_variant"`. Of a layer
     with an activation it is the name of that.
     """
     kind = type(operation).__name__
-    if isinstance(operation, (K.ReLU, K.LeakyReLU)) or kind == "LeakyRelu":
+    if isinstance(operation, (K.ReLU, K.LeakyReLU)) or kind in ("LeakyRelu", "ReLU"):
         slope, limit = float(operation.negative_slope or 0), getattr(operation, "max_value", None)
         if getattr(operation, "threshold", 0) or (slope and limit is not None) or slope > 1:
             return "relu_variant"
         if slope:
-            return "leaky_relu"
+            return "linear" if slope == 1 else "leaky_relu"
         return {None: "relu", 6.0: "relu6"}.get(limit, "relu_limited" if limit else "relu_variant")
     if isinstance(operation, K.Softmax):
         return "softmax" if operation.axis in (-1, (-1,)) else "softmax_variant"

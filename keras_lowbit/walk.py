@@ -146,7 +146,15 @@ def flatten(model: keras.Model) -> Program:
 
     known = {id(t): fresh(t) for t in graph.inputs}
     inputs = tuple(known[id(t)] for t in graph.inputs)
-    names = tuple(t.name for t in graph.inputs)
+    # A tensor that the user gave no name counts through the session; its layer has a plain one.
+    layers = {
+        id(tensor): node.operation.name
+        for nodes in graph._nodes_by_depth.values()
+        for node in nodes
+        if node.is_input
+        for tensor in node.output_tensors
+    }
+    names = tuple(layers[id(t)] for t in graph.inputs)
     visit(graph, known, "")
     outputs = keras.tree.map_structure(lambda t: known[id(t)], graph.output)
     return Program(tuple(calls), inputs, names, outputs, tuple(graph.output_names))

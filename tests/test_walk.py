@@ -160,3 +160,10 @@ def test_a_nested_model_called_with_a_dict_reads_it_by_name(inner_of):
     assert_replays(model, ones, threes)
     made = replayed(model, ops.convert_to_tensor(ones), ops.convert_to_tensor(threes))
     np.testing.assert_array_equal(ops.convert_to_numpy(made), -1.0)  # 2 * 1 - 3
+
+
+def test_inputs_are_named_after_their_layers():
+    keras.Input((3,))
+    one, two = keras.Input((4,)), keras.Input((4,), name="two")
+    model = keras.Model([one, two], K.Add()([K.ReLU()(one), two]))
+    assert walk.flatten(model).input_names == ("input_layer_1", "two")

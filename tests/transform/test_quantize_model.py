@@ -180,6 +180,31 @@ def test_operations_are_quantized_like_layers():
     assert_same_integers(quantized, images())
 
 
+@pytest.mark.parametrize(
+    "activation",
+    [
+        lambda x: keras.activations.relu(x, max_value=6),
+        lambda x: keras.activations.relu(x, max_value=0.5),
+        lambda x: keras.activations.relu(x, negative_slope=0.25),
+        K.LeakyReLU(1.0),
+    ],
+    ids=["relu6", "limit", "slope", "no activation"],
+)
+def test_forms_of_a_relu_are_quantized_alike(activation):
+    inputs = keras.Input(SHAPE)
+    x = activation(K.Conv2D(4, 3, padding="same", name="a")(inputs))
+    model = keras.Model(inputs, K.Dense(3, name="c")(K.Flatten()(x)))
+    assert tflite_export.check(model) == []
+    assert_same_integers(assert_close(model), images())
+
+
+def test_a_slice_that_turns_an_image_round_is_refused():
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(4, 3, name="a")(inputs)[:, ::-1]
+    (line,) = tflite_export.check(keras.Model(inputs, K.Conv2D(2, 1, name="b")(x)))
+    assert "only x[:, ::s, ::t, :] is supported" in line
+
+
 def test_adding_a_number_is_not_lost():
     inputs = keras.Input((4,))
     x = K.Dense(3, name="d")(inputs)
