@@ -32,7 +32,7 @@ def correct_biases(model, float_model, images):
     Args:
         model: a calibrated model of `quantize_model`.
         float_model: the model it was made from.
-        images: array `(n, ...)`, kept in memory with the activations of one layer at a time; a
+        images: array `(n, ...)`, or arrays by input name or in a list, kept in memory with the activations of one layer at a time; a
             few dozen are enough.
 
     Returns:
@@ -52,7 +52,7 @@ def correct_biases(model, float_model, images):
             f"{float_model.name} shares no layer names with {model.name}: pass the float model "
             "that it was quantized from"
         )
-    (batch,) = checked_batches(program, images, None)
+    batch = _only_batch(program, images)
     feeds = _feeds(program, batch)
     bar = iter(track(range(len(program.calls)), "correct biases"))
 
@@ -102,7 +102,7 @@ def _bias_of(layer):
 
 def _float_means(program, images):
     """Channel means of the outputs that `_sites` names, by layer name as in the quantized model."""
-    (batch,) = checked_batches(program, images, None)
+    batch = _only_batch(program, images)
     means = {}
 
     def execute(call, args, kwargs):
@@ -113,6 +113,16 @@ def _float_means(program, images):
 
     walk.run(program, _feeds(program, batch), execute)
     return means
+
+
+def _only_batch(program, images):
+    batches = checked_batches(program, images, None)
+    if len(batches) > 1:
+        raise ValueError(
+            f"Means are taken over one batch. Got {len(batches)}: pass one array an input, of as "
+            "many images as a model of a fixed batch size takes"
+        )
+    return batches[0]
 
 
 def _feeds(program, batch):

@@ -9,7 +9,7 @@ import keras_lowbit as klb
 
 
 def separable_net():
-    inputs = keras.Input((9, 9, 3))
+    inputs = keras.Input((9, 9, 3), name="image")
     x = keras.layers.SeparableConv2D(6, 3, activation="relu")(inputs)
     x = keras.layers.Conv2D(8, 1, use_bias=False, name="point")(x)
     x = keras.layers.BatchNormalization(name="point_bn")(x)
@@ -102,3 +102,10 @@ def test_an_activation_may_be_a_layer(images):
     klb.correct_biases(quantized, model, images)
     apart = np.abs(quantized.predict(images, verbose=0).mean(axis=0) - wanted)
     assert apart.max() < 0.02
+
+
+def test_several_batches_are_refused_and_arrays_by_name_are_taken(pair, images):
+    model, quantized = pair
+    with pytest.raises(ValueError, match=r"over one batch\. Got 2: pass one array"):
+        klb.correct_biases(quantized, model, [(images[:8],), (images[8:],)])
+    klb.correct_biases(quantized, model, {"image": images})
