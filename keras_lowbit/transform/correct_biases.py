@@ -32,8 +32,8 @@ def correct_biases(model, float_model, images):
     Args:
         model: a calibrated model of `quantize_model`.
         float_model: the model it was made from.
-        images: array `(n, ...)`, or arrays by input name or in a list, kept in memory with the activations of one layer at a time; a
-            few dozen are enough.
+        images: array `(n, ...)`, or for several inputs a list of arrays or arrays by input name;
+            kept in memory with the activations of one layer at a time. A few dozen are enough.
 
     Returns:
         The model.
