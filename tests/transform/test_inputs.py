@@ -60,7 +60,7 @@ def test_a_pair_is_the_range_of_images_and_not_of_other_inputs():
     np.testing.assert_allclose(numpy(row.scale) * 255, data[1].max(), rtol=1e-6)
     wanted = model.predict(data, verbose=0)
     made = quantized.predict(data, verbose=0)
-    np.testing.assert_allclose(made, wanted, atol=0.03 * np.abs(wanted).max())
+    np.testing.assert_allclose(made, wanted, atol=0.1 * np.abs(wanted).max())
 
 
 def test_ranges_are_given_by_input_name():
