@@ -13,6 +13,31 @@ def inputs_like(program) -> list:
     ]
 
 
+def config_of(original) -> dict:
+    """`get_config`, with regularizers and constraints that have none as they are.
+
+    Raises:
+        ValueError: a layer without a config, with its name.
+    """
+    try:
+        return original.get_config()
+    except NotImplementedError:
+        endings = ("_regularizer", "_constraint")
+        held = {k: v for k, v in vars(original).items() if k.endswith(endings) and v is not None}
+    try:
+        for key in held:
+            setattr(original, key, None)
+        return {**original.get_config(), **held}
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{original.name} ({type(original).__name__}) cannot be copied: give its class a "
+            "get_config"
+        ) from error
+    finally:
+        for key, value in held.items():
+            setattr(original, key, value)
+
+
 def rebuilt(original, config, cls=None):
     """A layer or operation of `config`, which is the original's with some entries changed.
 
@@ -21,7 +46,7 @@ def rebuilt(original, config, cls=None):
 
     Args:
         original: what is copied.
-        config: `original.get_config()`, changed or not.
+        config: `config_of(original)`, changed or not.
         cls: class of the copy; that of the original when left out.
 
     Raises:

@@ -17,7 +17,7 @@ from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of
-from keras_lowbit.transform.copies import inputs_like, rebuilt, set_weights
+from keras_lowbit.transform.copies import config_of, inputs_like, rebuilt, set_weights
 from keras_lowbit.transform.named_outputs import model_of
 
 _FOLDABLE = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
@@ -128,7 +128,7 @@ def _rebuild(program, pairs, name):
         original = call.operation
         operation = clones.get(id(original))
         if operation is None:
-            config = original.get_config()
+            config = config_of(original)
             if isinstance(original, keras.layers.Layer):
                 config["name"] = call.name.replace("/", "_")
             if id(call) in norm_of:

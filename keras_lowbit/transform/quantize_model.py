@@ -24,7 +24,7 @@ from keras_lowbit.kinds import (
     slope_of,
 )
 from keras_lowbit.scheme import Scheme
-from keras_lowbit.transform.copies import inputs_like, rebuilt, set_weights
+from keras_lowbit.transform.copies import config_of, inputs_like, rebuilt, set_weights
 from keras_lowbit.transform.image_grids import ImageGrids
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
 from keras_lowbit.transform.named_outputs import model_of
@@ -366,7 +366,7 @@ class _Builder:
         operation = self.clones.get(id(call.operation))
         original = call.operation
         if operation is None:
-            config = original.get_config()
+            config = config_of(original)
             if isinstance(original, keras.layers.Layer):
                 config["name"] = self._name(call.name)
                 if kind_of(call) not in (None, "product") and original.compute_dtype in _HALVES:
@@ -390,7 +390,7 @@ class _Builder:
         if known is not None:
             return (*known, False)
         original = call.operation
-        config = original.get_config()
+        config = config_of(original)
         config["name"] = self._name(call.name)
         config["use_bias"] = config["use_bias"] or needs_bias
         name = activation_name(original)

@@ -131,6 +131,22 @@ def test_functions_that_keras_cannot_write_down_are_shared_with_the_copy():
     assert any("triple (Lambda) has no integer form" in line for line in tflite_export.check(model))
 
 
+class Bare(keras.regularizers.Regularizer):
+    """Without a config, as is enough to train with."""
+
+    def __call__(self, x):
+        return 0.01 * ops.sum(ops.square(x))
+
+
+def test_a_regularizer_without_a_config_is_shared_with_the_copy():
+    inputs, bare = keras.Input(SHAPE), Bare()
+    layer = K.Conv2D(4, 3, name="a", kernel_regularizer=bare)
+    model = keras.Model(inputs, layer(inputs))
+    for copy in (fold_batchnorm(model), quantize_model(model, "w8a8")):
+        assert copy.get_layer("a").kernel_regularizer is bare
+    assert layer.kernel_regularizer is bare
+
+
 class Needy(K.Layer):
     """Cannot be made again: its config lacks what it needs."""
 
