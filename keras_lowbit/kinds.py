@@ -70,6 +70,7 @@ _OPERATIONS = {
     "Concatenate": "concatenate",
     "Relu": "activation",
     "Relu6": "activation",
+    "ReLU": "activation",  # `keras.activations.relu` with a limit, a slope or a threshold
     "Softmax": "activation",
     "Sigmoid": "activation",
     "HardSigmoid": "activation",
@@ -194,18 +195,18 @@ def _constant(value):
 def activation_name(operation) -> str:
     """`"linear"`, `"relu"`, `"relu6"`, `"softmax"` or the name of another activation.
 
-    A ReLU with a limit other than 6 is `"relu_limited"`, one with a slope of at most 1
-    `"leaky_relu"`, and one with a threshold, or with slope and limit, `"relu_variant"`. A softmax
-    over another axis than the last is a `"softmax_variant"`. Of a layer with an activation it is
-    the name of that, of another layer or function the one it was written with.
+    A ReLU with a limit other than 6 is `"relu_limited"`, one with a slope below 1 `"leaky_relu"`,
+    and one with a threshold, or with slope and limit, `"relu_variant"`. A softmax over another
+    axis than the last is a `"softmax_variant"`. Of a layer with an activation it is the name of
+    that, of another layer or function the one it was written with.
     """
     kind = type(operation).__name__
-    if type(operation) in (K.ReLU, K.LeakyReLU) or _is_operation(operation, "LeakyRelu"):
+    if type(operation) in (K.ReLU, K.LeakyReLU) or _is_operation(operation, "LeakyRelu", "ReLU"):
         slope, limit = float(operation.negative_slope or 0), getattr(operation, "max_value", None)
         if getattr(operation, "threshold", 0) or (slope and limit is not None) or slope > 1:
             return "relu_variant"
         if slope:
-            return "leaky_relu"
+            return "linear" if slope == 1 else "leaky_relu"
         return {None: "relu", 6.0: "relu6"}.get(limit, "relu_limited" if limit else "relu_variant")
     if type(operation) is K.Softmax or _is_operation(operation, "Softmax"):
         return "softmax" if is_last_axis(operation) else "softmax_variant"
@@ -245,8 +246,8 @@ def is_last_axis(operation, rank: int | None = None) -> bool:
     return axis == rank - 1
 
 
-def _is_operation(operation, name):
-    return type(operation).__name__ == name and not isinstance(operation, K.Layer)
+def _is_operation(operation, *names):
+    return type(operation).__name__ in names and not isinstance(operation, K.Layer)
 
 
 def _unlike_ours(name):

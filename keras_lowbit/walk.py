@@ -57,12 +57,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Program:
-    """A flattened model."""
+    """A flattened model; `output_names` are those of `outputs`, flattened."""
 
     calls: tuple[Call, ...]
     inputs: tuple[Ref, ...]
     input_names: tuple[str, ...]
     outputs: Any
+    output_names: tuple[str, ...] = ()
 
     def readers(self) -> dict[int, list[Call]]:
         """Calls that read each tensor, by the tensor's index; a call counts once."""
@@ -135,7 +136,7 @@ def flatten(model: keras.Model) -> Program:
                         Call(node.operation, prefix + node.operation.name, args, kwargs, made)
                     )
                 else:
-                    fed = refs((args, kwargs))
+                    fed = _fed(inner, args, kwargs)
                     inside = {id(t): r for t, r in zip(inner.inputs, fed, strict=True)}
                     visit(inner, inside, f"{prefix}{node.operation.name}/")
                     made = [inside[id(t)] for t in inner.outputs]
@@ -145,10 +146,27 @@ def flatten(model: keras.Model) -> Program:
 
     known = {id(t): fresh(t) for t in graph.inputs}
     inputs = tuple(known[id(t)] for t in graph.inputs)
-    names = tuple(t.name for t in graph.inputs)
+    # A tensor that the user gave no name counts through the session; its layer has a plain one.
+    layers = {
+        id(tensor): node.operation.name
+        for nodes in graph._nodes_by_depth.values()
+        for node in nodes
+        if node.is_input
+        for tensor in node.output_tensors
+    }
+    names = tuple(layers[id(t)] for t in graph.inputs)
     visit(graph, known, "")
     outputs = keras.tree.map_structure(lambda t: known[id(t)], graph.output)
-    return Program(tuple(calls), inputs, names, outputs)
+    return Program(tuple(calls), inputs, names, outputs, tuple(graph.output_names))
+
+
+def _fed(inner, args, kwargs) -> list[Ref]:
+    """What a nested model is called with, in the order of its inputs."""
+    given = args[0] if args else kwargs.get("inputs")
+    if isinstance(given, dict) and not isinstance(inner.input, dict):
+        # As Keras reads it: by the names of the inputs, not in the order of keys.
+        return [given[tensor.name] for tensor in inner.inputs]
+    return refs((args, kwargs))
 
 
 def _refer(structure, known: Mapping[int, Ref]):

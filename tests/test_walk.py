@@ -146,3 +146,24 @@ def test_models_without_a_graph_are_refused():
         walk.flatten(Own(name="own"))
     with pytest.raises(ValueError, match="empty: the Sequential model has no input shape yet"):
         walk.flatten(keras.Sequential([K.Dense(2)], name="empty"))
+
+
+@pytest.mark.parametrize("inner_of", ["list", "dict"])
+def test_a_nested_model_called_with_a_dict_reads_it_by_name(inner_of):
+    """The keys sort as a, b; the inputs are b, a."""
+    a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+    inputs = [b, a] if inner_of == "list" else {"b": b, "a": a}
+    inner = keras.Model(inputs, ops.subtract(ops.multiply(a, 2.0), b), name="inner")
+    p, r = keras.Input((4,), name="p"), keras.Input((4,), name="r")
+    model = keras.Model([p, r], inner({"a": p, "b": r}))
+    ones, threes = np.ones((2, 4), "float32"), np.full((2, 4), 3.0, "float32")
+    assert_replays(model, ones, threes)
+    made = replayed(model, ops.convert_to_tensor(ones), ops.convert_to_tensor(threes))
+    np.testing.assert_array_equal(ops.convert_to_numpy(made), -1.0)  # 2 * 1 - 3
+
+
+def test_inputs_are_named_after_their_layers():
+    keras.Input((3,))
+    one, two = keras.Input((4,)), keras.Input((4,), name="two")
+    model = keras.Model([one, two], K.Add()([K.ReLU()(one), two]))
+    assert walk.flatten(model).input_names == ("input_layer_1", "two")

@@ -306,9 +306,13 @@ def check(model: keras.Model, target: str = "android") -> list[str]:
     """
     place = targets.find(target)
     program = walk.flatten(model)
-    if not any(kind_of(call) == "quantize" for call in program.calls):
-        program = walk.flatten(quantize_model(model, "w8a8"))
-    lowering = Lowering(program, 1, "int8", dry=True)
+    try:
+        if not any(kind_of(call) == "quantize" for call in program.calls):
+            program = walk.flatten(quantize_model(model, "w8a8"))
+        lowering = Lowering(program, 1, "int8", dry=True)
+    except ValueError as objection:
+        # What no model can be built for stands before all that each layer might object to.
+        return [str(objection)]
     found = lowering.objections()
     emitter = lowering.emitter
     return found + targets.objections(emitter.ops, emitter.tensors, place)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from keras_lowbit import layers, walk
+from keras_lowbit.integer.lower import Lowering
+from keras_lowbit.integer.values import NotExportable
 from keras_lowbit.kinds import CLIPS, activation_name, kind_of
 
 _QUANTIZED = (
@@ -20,10 +22,11 @@ def why_float(program: walk.Program) -> dict[str, str]:
     A call that reads what a float call made is float too, until a `Quantize` stands between.
     """
     quantized = any(_is_quantized(call) for call in program.calls)
+    refused = _refused(program) if quantized else {}
     culprits: dict[int, str] = {}
     found: dict[str, str] = {}
     for call in program.calls:
-        why = _own_reason(call, quantized)
+        why = _own_reason(call, quantized) or refused.get(call.name)
         culprit = call.name if why else None
         if why is None and quantized and kind_of(call) != "quantize":
             culprit = next((culprits[r.index] for r in call.inputs if r.index in culprits), None)
@@ -33,6 +36,24 @@ def why_float(program: walk.Program) -> dict[str, str]:
         if culprit:
             culprits.update({ref.index: culprit for ref in walk.refs(call.outputs)})
     return found
+
+
+def _refused(program):
+    """What an export says against calls of their own accord, by call name.
+
+    What it says of a grid depends on its scale, which data will set, so calls that put values on
+    one are left out.
+    """
+    try:
+        refusals = Lowering(program, 1, "int8", dry=True).refusals()
+    except NotExportable:  # an image of any size: files are not, layers may well be
+        return {}
+    borders = {call.name for call in program.calls if kind_of(call) == "quantize"}
+    return {
+        name: sentences[0].removeprefix(f"{name}: ")
+        for name, sentences in refusals.items()
+        if name not in borders
+    }
 
 
 def _is_quantized(call):

@@ -11,7 +11,7 @@ from keras_lowbit import walk
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.lower import Lowering
 from keras_lowbit.integer.values import NotExportable, OnGrid, Probabilities
-from keras_lowbit.kinds import normalizing_of
+from keras_lowbit.kinds import kind_of, normalizing_of
 
 TYPES = ("float32", "int8", "uint8")
 WEIGHTS = ("int8", "int4", "int4_all")
@@ -73,7 +73,8 @@ def integer_graph(
     graph_ops = (*heads, *body, *tails)
     used = {n for op in graph_ops for n in (*op.inputs, op.output)} | set(inputs)
     tensors = {name: t for name, t in emitter.tensors.items() if name in used}
-    return ir.Graph(tensors, graph_ops, tuple(inputs), tuple(names))
+    graph = ir.Graph(tensors, graph_ops, tuple(inputs), tuple(names))
+    return _with_output_names(graph, _given_names(program))
 
 
 def _pixels(preprocessing, program):
@@ -164,6 +165,41 @@ def _output_ends(emitter, outputs, output_names, output_type):
         tails.append(op((value.tensor,), border, wanted))
         names.append(border)
     return tails, names
+
+
+def _given_names(program):
+    """Names of the outputs; `None` for one that Keras named after the border of a grid."""
+    producers = program.producers()
+    made = [producers.get(ref.index) for ref in walk.refs(program.outputs)]
+    return [
+        None if call and kind_of(call) == "dequantize" and call.name == name else name
+        for call, name in zip(made, program.output_names, strict=True)
+    ]
+
+
+def _with_output_names(graph, wanted):
+    """The graph with `wanted` on its outputs; tensors that have one of the names move aside."""
+    new = {a: b for a, b in zip(graph.outputs, wanted, strict=True) if b is not None}
+    # Two outputs of one tensor, or of one name, have to stay as they are; so have inputs.
+    if len(set(new.values())) < len(graph.outputs) - wanted.count(None):
+        return graph
+    if {*new, *new.values()} & {*graph.inputs}:
+        return graph
+    for name in set(new.values()) & ({*graph.tensors} - {*new}):
+        aside, n = f"{name}_{graph.tensors[name].dtype}", 1
+        while aside in graph.tensors or aside in new.values():
+            n += 1
+            aside = f"{name}_{graph.tensors[name].dtype}.{n}"
+        new[name] = aside
+
+    def named(name):
+        return new.get(name, name)
+
+    tensors = {named(n): replace(t, name=named(n)) for n, t in graph.tensors.items()}
+    operations = tuple(
+        replace(op, inputs=tuple(map(named, op.inputs)), output=named(op.output)) for op in graph
+    )
+    return ir.Graph(tensors, operations, graph.inputs, tuple(map(named, graph.outputs)))
 
 
 def _alive(ops, wanted):

@@ -80,7 +80,11 @@ class Lowering:
 
     def objections(self) -> list[str]:
         """All that stands against an integer graph, each call looked at by itself."""
-        found = []
+        return [sentence for refused in self.refusals().values() for sentence in refused]
+
+    def refusals(self) -> dict[str, list[str]]:
+        """`objections` by the name of the call that they stand against."""
+        found = {}
         for call in self.program.calls:
             # Scales travel beside codes and are no values here.
             if not all(ref.index in self.values for ref in call.inputs if ref.shape):
@@ -89,7 +93,7 @@ class Lowering:
             try:
                 self.values[made[0].index] = self.lower(call)
             except NotExportable as objection:
-                found.append(str(objection))
+                found.setdefault(call.name, []).append(str(objection))
                 # An 8-bit tensor stands in, so that calls behind this one are heard too.
                 stand_in = Grid(1.0, -128, 127, 8)
                 for ref in made:
@@ -151,7 +155,8 @@ def _on_grid(lowering, call, value, quantizer):
 
 
 def _dequantize(lowering, call):
-    return lowering.read(call)
+    value, offset = lowering.read(call), call.operation.offset
+    return _affine(value, 1.0, offset, call) if offset else value
 
 
 def _product(lowering, call):

@@ -210,4 +210,5 @@ def _slice_strides(key, rank):
     if any(p.start not in (None, 0) or p.stop is not None for p in parts):
         return None
     steps = [p.step or 1 for p in parts] + [1] * (4 - len(parts))
-    return (steps[1], steps[2]) if steps[0] == 1 and steps[3] == 1 else None
+    forward = min(steps) > 0 and steps[0] == steps[3] == 1
+    return (steps[1], steps[2]) if forward else None

@@ -58,26 +58,31 @@ class Quantize(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
 class Dequantize(keras.layers.Layer):
-    """Reals of a pair: `scale * code`.
+    """Reals of a pair: `scale * code + offset`.
 
     Gradient: to the codes, times the scale; none to the scale (the codes carry it).
+
+    Args:
+        offset: reals that code 0 stands for, as of the `Affine` quantizer in front.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, *, offset=0.0, **kwargs):
         kwargs["dtype"] = "float32"
         super().__init__(**kwargs)
+        self.offset = float(offset)
 
     def call(self, inputs):
-        """`scale * code` for `inputs = (codes, scale)`."""
+        """`scale * code + offset` for `inputs = (codes, scale)`."""
         codes, scale = inputs
-        return codes * ops.stop_gradient(scale)
+        reals = codes * ops.stop_gradient(scale)
+        return reals + self.offset if self.offset else reals
 
     def compute_output_shape(self, input_shape):
         """The shape of the codes."""
         return tuple(input_shape[0])
 
     def get_config(self):
-        """Arguments of the constructor."""
+        """Arguments of the constructor; `offset` where it is not 0, as in earlier versions."""
         config = super().get_config()
         config.pop("dtype", None)
-        return config
+        return {**config, "offset": self.offset} if self.offset else config

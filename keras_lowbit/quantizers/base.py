@@ -298,7 +298,8 @@ class Quantizer(keras.layers.Layer):
         """`to_codes`; the reals with scale 1 while an observer is set or the switch is off."""
         if self.observer is not None:
             self.observer(self, x)
-            return x, ops.ones(())
+            # Readers add the offset, so it is taken off as it will be on the grid.
+            return (x - self.offset if self.offset else x), ops.ones(())
         x = ops.cast(x, "float32")
         codes, scale = self.to_codes(x)
         if self.switch is None:

@@ -11,6 +11,7 @@ from keras import ops
 from keras_lowbit import walk
 from keras_lowbit.progress import track
 from keras_lowbit.quantizers import Quantizer
+from keras_lowbit.transform.batches import Batches
 from keras_lowbit.transform.kernels import fit_kernels
 from keras_lowbit.transform.snap_biases import snap_biases
 
@@ -20,7 +21,9 @@ SAMPLES = 200_000
 _ACTIVATION_QUANTIZERS = ("quantizer", "input_quantizer", "between_quantizer", "output_quantizer")
 
 
-def calibrate(model, images, *, method="mse", batch_size=32, samples=SAMPLES, only_new=False):
+def calibrate(
+    model, images, *, method="mse", batch_size=32, steps=None, samples=SAMPLES, only_new=False
+):
     """Set the scales of all activation grids from images, in place.
 
     Images run through the model with quantized kernels and float activations (signs stay signs);
@@ -30,9 +33,11 @@ def calibrate(model, images, *, method="mse", batch_size=32, samples=SAMPLES, on
 
     Args:
         model: a model of `quantize_model`, or one built from quantized layers.
-        images: array `(n, ...)`, list of arrays for several inputs, or an iterable of batches.
+        images: array `(n, ...)`; a list of arrays, or arrays by input name, for several inputs; or
+            an iterable of batches (of inputs, or of inputs and targets), read one by one.
         method: `"mse"`, `"minmax"` or `"percentile"`.
         batch_size: images at a time, for arrays.
+        steps: batches to look at; `None` for all. A generator's are held in memory without it.
         samples: values kept for each tensor.
         only_new: leave grids alone that have scales already, as in a trained model with a new
             head. They then quantize while the others look.
@@ -41,16 +46,16 @@ def calibrate(model, images, *, method="mse", batch_size=32, samples=SAMPLES, on
         The model.
 
     Raises:
-        ValueError: no images, NaN, or shapes that are not the model's.
+        ValueError: no images, NaN, shapes or input names that are not the model's, or a data set
+            without end and no `steps`.
     """
     if method not in METHODS:
         raise ValueError(f"calibrate: method must be one of {METHODS}. Got {method!r}")
     program = walk.flatten(model)
-    batches = checked_batches(program, images, batch_size)
-    total = sum(len(b[0]) for b in batches)
+    batches = Batches(program, images, batch_size, steps)
     for call in program.calls:
         fit_kernels(call.operation)
-    reservoir = _Reservoir(samples, total)
+    reservoir = _Reservoir(samples, batches.images)
     with _observed(program, reservoir, only_new):
         for batch in track(batches, "calibrate"):
             feeds = [
@@ -61,54 +66,6 @@ def calibrate(model, images, *, method="mse", batch_size=32, samples=SAMPLES, on
     for quantizer, x in reservoir.collected():
         quantizer.fit_scale(x, method)
     return snap_biases(model)
-
-
-def checked_batches(program, images, batch_size):
-    """Lists of input arrays, checked against the model's inputs.
-
-    Raises:
-        ValueError: empty, of the wrong shape, or with NaN or infinite values.
-    """
-    shapes = [ref.shape for ref in program.inputs]
-    if isinstance(images, np.ndarray) or hasattr(images, "shape"):
-        images = [np.asarray(images)]
-        batches = _cut(images, batch_size)
-    elif isinstance(images, (list, tuple)) and images and all(hasattr(x, "shape") for x in images):
-        batches = _cut([np.asarray(x) for x in images], batch_size)
-    else:
-        if isinstance(images, keras.utils.PyDataset):
-            # Their `__getitem__` need not raise at the end, so iterating might never stop.
-            images = (images[i] for i in range(len(images)))
-        batches = [_inputs_of(b) for b in images]
-    if not batches or not len(batches[0][0]):
-        raise ValueError("No images: pass an array of at least one, or a data set that yields some")
-    for batch in batches:
-        if len(batch) != len(shapes):
-            raise ValueError(f"The model has {len(shapes)} inputs. Got {len(batch)} arrays")
-        for array, shape in zip(batch, shapes, strict=True):
-            fits = len(array.shape) == len(shape) and all(
-                want in (None, got) for want, got in zip(shape[1:], array.shape[1:], strict=True)
-            )
-            if not fits:
-                raise ValueError(
-                    f"Images must have shape {shape}, as the model's input. Got {array.shape}"
-                )
-            if not np.all(np.isfinite(array)):
-                raise ValueError("Images contain NaN or infinite values")
-    return batches
-
-
-def _inputs_of(batch):
-    """The inputs of a batch that may carry targets."""
-    x = batch[0] if isinstance(batch, (list, tuple)) else batch
-    return [np.asarray(a) for a in (x if isinstance(x, (list, tuple)) else [x])]
-
-
-def _cut(arrays, batch_size):
-    n = len(arrays[0])
-    if any(len(a) != n for a in arrays):
-        raise ValueError(f"All inputs need as many images. Got {[len(a) for a in arrays]}")
-    return [[a[i : i + batch_size] for a in arrays] for i in range(0, n, batch_size)]
 
 
 class _Reservoir:

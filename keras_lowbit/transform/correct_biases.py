@@ -11,24 +11,29 @@ Reference:
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 from keras import ops
 
 from keras_lowbit import walk
-from keras_lowbit.kinds import kind_of
+from keras_lowbit.kinds import activation_name, kind_of
 from keras_lowbit.progress import track
-from keras_lowbit.transform.calibrate import checked_batches, uncalibrated
+from keras_lowbit.transform.batches import checked_batches
+from keras_lowbit.transform.calibrate import uncalibrated
 from keras_lowbit.transform.snap_biases import snap_biases
 
 
 def correct_biases(model, float_model, images):
     """Match the channel means of a quantized model to those of its float model, in place.
 
+    Layers that are called several times stay as they are: they have one bias and several means.
+
     Args:
         model: a calibrated model of `quantize_model`.
         float_model: the model it was made from.
-        images: array `(n, ...)`, kept in memory with the activations of one layer at a time; a
-            few dozen are enough.
+        images: array `(n, ...)`, or for several inputs a list of arrays or arrays by input name;
+            kept in memory with the activations of one layer at a time. A few dozen are enough.
 
     Returns:
         The model.
@@ -42,13 +47,12 @@ def correct_biases(model, float_model, images):
     means = _float_means(walk.flatten(float_model), images)
     program = walk.flatten(model)
     sites = _sites(program)
-    known = [name for name in sites.values() if name in means]
-    if not known:
+    if not any(call.name in means for call in program.calls):
         raise ValueError(
             f"{float_model.name} shares no layer names with {model.name}: pass the float model "
             "that it was quantized from"
         )
-    (batch,) = checked_batches(program, images, len(images))
+    batch = _only_batch(program, images)
     feeds = _feeds(program, batch)
     bar = iter(track(range(len(program.calls)), "correct biases"))
 
@@ -70,8 +74,11 @@ def correct_biases(model, float_model, images):
 def _sites(program) -> dict[int, str]:
     """Tensors whose mean a bias can move, by index: products and the batch norms behind them."""
     readers = program.readers()
+    times = collections.Counter(id(call.operation) for call in program.calls)
     found = {}
     for call in program.calls:
+        if times[id(call.operation)] > 1:
+            continue
         followed = [kind_of(c) for c in readers.get(call.output.index, [])] if _single(call) else []
         if kind_of(call) == "product" and followed != ["batch_norm"]:
             if _is_linear(call.operation) and call.operation.use_bias:
@@ -86,7 +93,7 @@ def _single(call):
 
 
 def _is_linear(layer):
-    return layer.activation is None or layer.activation.__name__ == "linear"
+    return activation_name(layer) == "linear"
 
 
 def _bias_of(layer):
@@ -95,7 +102,7 @@ def _bias_of(layer):
 
 def _float_means(program, images):
     """Channel means of the outputs that `_sites` names, by layer name as in the quantized model."""
-    (batch,) = checked_batches(program, images, len(images))
+    batch = _only_batch(program, images)
     means = {}
 
     def execute(call, args, kwargs):
@@ -106,6 +113,16 @@ def _float_means(program, images):
 
     walk.run(program, _feeds(program, batch), execute)
     return means
+
+
+def _only_batch(program, images):
+    batches = checked_batches(program, images, None)
+    if len(batches) > 1:
+        raise ValueError(
+            f"Means are taken over one batch. Got {len(batches)}: pass one array an input, of as "
+            "many images as a model of a fixed batch size takes"
+        )
+    return batches[0]
 
 
 def _feeds(program, batch):

@@ -17,6 +17,8 @@ from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of
+from keras_lowbit.transform.copies import config_of, inputs_like, rebuilt, set_weights
+from keras_lowbit.transform.named_outputs import model_of
 
 _FOLDABLE = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
 
@@ -126,26 +128,23 @@ def _rebuild(program, pairs, name):
         original = call.operation
         operation = clones.get(id(original))
         if operation is None:
-            config = original.get_config()
+            config = config_of(original)
             if isinstance(original, keras.layers.Layer):
                 config["name"] = call.name.replace("/", "_")
             if id(call) in norm_of:
                 config["use_bias"] = True
-            operation = clones[id(original)] = type(original).from_config(config)
+            operation = clones[id(original)] = rebuilt(original, config)
         results = operation(*args, **kwargs)
         if id(call) in norm_of:
             operation.set_weights(_folded(original, norm_of[id(call)]))
         elif isinstance(original, keras.layers.Layer) and original.weights:
-            operation.set_weights(original.get_weights())
+            set_weights(operation, original.get_weights())
         return results
 
-    inputs = [
-        keras.Input(ref.shape[1:], dtype=ref.dtype, name=input_name)
-        for ref, input_name in zip(program.inputs, program.input_names, strict=True)
-    ]
+    inputs = inputs_like(program)
     values = walk.run(program, inputs, execute)
     outputs = walk.substitute(program.outputs, values)
-    return keras.Model(inputs if len(inputs) > 1 else inputs[0], outputs, name=name)
+    return model_of(inputs if len(inputs) > 1 else inputs[0], outputs, name, program.output_names)
 
 
 def _folded(layer, norm):

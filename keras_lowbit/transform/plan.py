@@ -47,7 +47,8 @@ class Plan:
     def needs_stream(self, ref):
         """Whether a tensor sits on an 8-bit grid of its own, whatever its readers want."""
         if self.is_image(ref):
-            return not all(self._passes_image(c) for c in self.readers.get(ref.index, []))
+            readers = self.readers.get(ref.index, [])
+            return any(not self._passes_image(c) and self._meets_a_grid(c) for c in readers)
         wants = {self._want(c, ref) for c in self.readers.get(ref.index, [])}
         if ref in self.output_refs:
             wants.add(STREAM_BITS)
@@ -153,6 +154,25 @@ class Plan:
     @staticmethod
     def _passes_image(call):
         return kind_of(call) in ("rescaling", "augmentation")
+
+    def _meets_a_grid(self, call):
+        """Whether a reader of an image, or what reads its moved values, can work on a grid.
+
+        An `Embedding` cannot: on 8 bits its indices would be others.
+        """
+        kind = kind_of(call)
+        if kind not in BEFORE_GRID | {"rescaling"}:
+            return kind is not None
+        return any(self._meets_a_grid(c) for c in self.readers.get(call.output.index, []))
+
+    def input_of(self, ref):
+        """The name of the model input that an image comes from."""
+        call = self.producers.get(ref.index)
+        while call is not None:
+            ref = call.inputs[0]
+            call = self.producers.get(ref.index)
+        indices = [r.index for r in self.program.inputs]
+        return self.program.input_names[indices.index(ref.index)]
 
     def ancestors(self, ref):
         """Every call that a tensor depends on."""

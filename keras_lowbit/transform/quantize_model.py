@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_lowbit import layers, quantizers, walk
 from keras_lowbit.kinds import (
@@ -22,12 +21,14 @@ from keras_lowbit.kinds import (
     TRANSPARENT,
     activation_name,
     kind_of,
-    scaling_of,
     slope_of,
 )
 from keras_lowbit.scheme import Scheme
+from keras_lowbit.transform.copies import config_of, inputs_like, rebuilt, set_weights
+from keras_lowbit.transform.image_grids import ImageGrids
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
-from keras_lowbit.transform.plan import BEFORE_GRID, STREAM_BITS, Plan
+from keras_lowbit.transform.named_outputs import model_of
+from keras_lowbit.transform.plan import STREAM_BITS, Plan
 
 # Quantizers of activations that know of a ReLU6 in front.
 _TAKE_A_LIMIT = ("lsq", "channel_balanced")
@@ -41,6 +42,9 @@ _QUANTIZED = {
     keras.layers.SeparableConv2D: layers.QuantizedSeparableConv2D,
     keras.layers.Dense: layers.QuantizedDense,
 }
+
+_POOLS = ("average_pool", "global_average_pool")
+_HALVES = ("float16", "bfloat16")
 
 # The same layer, sooner done, or with one meaning on all backends.
 _IN_PLACE_OF = {
@@ -62,14 +66,18 @@ def quantize_model(model, scheme="w8a8", *, input_range=None, name=None) -> kera
         input_range: reals of pixel 0 and pixel 255 when images arrive preprocessed, such as
             `(-1, 1)`: every pixel value then keeps a code of its own. A model that starts with
             `Rescaling` needs none; without either, `calibrate` takes the range from its images.
+            Of several inputs a pair is meant for those of height, width and channels; a mapping
+            of input names to pairs says it one by one.
         name: name of the new model.
 
     Returns:
-        A functional model; `keras_lowbit.summary` lists what stayed float, and why.
+        A functional model with the inputs and outputs of the given one, names included;
+        `keras_lowbit.summary` lists what stayed float, and why.
 
     Raises:
-        ValueError: unknown scheme or key, a model without a graph, nothing to quantize,
-            an exception pattern that matches no layer.
+        ValueError: unknown scheme or key, a model without a graph, nothing to quantize, channels
+            first, a layer that cannot be copied, an exception pattern that matches no layer, an
+            `input_range` that is no rising pair or names no input.
     """
     program = walk.flatten(model)
     scheme = Scheme.of(scheme)
@@ -87,6 +95,17 @@ def _check(program, scheme, model_name):
             f"{model_name} has no layer to quantize: expected Conv2D, DepthwiseConv2D, "
             "SeparableConv2D or Dense."
         )
+    first = [
+        call.name
+        for call in program.calls
+        if kind_of(call) == "product"
+        and getattr(call.operation, "data_format", "channels_last") != "channels_last"
+    ]
+    if first:
+        raise ValueError(
+            f"{', '.join(dict.fromkeys(first))}: images must have their channels last, as in "
+            "files. Build the model with data_format='channels_last'"
+        )
     unused = scheme.unused_exceptions(names)
     if unused:
         raise ValueError(f"Scheme patterns {unused} match no layer. Layers: {names}")
@@ -94,11 +113,17 @@ def _check(program, scheme, model_name):
 
 @dataclass
 class _Entry:
-    """A tensor of the new model: reals, or a pair of codes and scale with its width."""
+    """A tensor of the new model: reals, or a pair of codes and scale with its width.
+
+    `offset` is what code 0 of the pair stands for, and `centred` the tensor on a grid where that
+    is 0.0.
+    """
 
     values: Any = None
     pair: Any = None
     bits: int | None = None
+    offset: float = 0.0
+    centred: _Entry | None = None
     made: dict = field(default_factory=dict)
 
 
@@ -108,24 +133,27 @@ class _Builder:
     def __init__(self, program, scheme, input_range):
         self.program = program
         self.scheme = scheme
-        self.input_range = input_range
         self.plan = Plan(program, scheme)
+        self.images = ImageGrids(self.plan, input_range)
         self.entries: dict[int, _Entry] = {}
         self.clones: dict[int, Any] = {}
         self.names: set[str] = set()
 
     def build(self, name):
-        inputs = []
-        for ref, input_name in zip(self.program.inputs, self.program.input_names, strict=True):
-            tensor = keras.Input(ref.shape[1:], dtype=ref.dtype, name=input_name)
-            inputs.append(tensor)
+        inputs = inputs_like(self.program)
+        for ref, tensor in zip(self.program.inputs, inputs, strict=True):
             self.entries[ref.index] = _Entry(values=tensor)
         for call in self.program.calls:
             self._call(call)
         outputs = keras.tree.map_structure(
             lambda r: self._output(r) if isinstance(r, walk.Ref) else r, self.program.outputs
         )
-        return keras.Model(inputs if len(inputs) > 1 else inputs[0], outputs, name=_plain(name))
+        return model_of(
+            inputs if len(inputs) > 1 else inputs[0],
+            outputs,
+            _plain(name),
+            self.program.output_names,
+        )
 
     # --- one call -----------------------------------------------------------------------------
 
@@ -137,16 +165,20 @@ class _Builder:
             entry = _Entry(values=self._two_at_a_time(call, _OF_TWO[kind]))
         elif kind in TRANSPARENT and self._on_grid(call.inputs[0]):
             source = self.entries[call.inputs[0].index]
+            if kind == "pad" and source.offset and not self.images.holds_zero(call.inputs[0]):
+                source = self._centred(call.inputs[0])
             codes = self._clone(call, {call.inputs[0].index: source.pair[0]})
-            entry = _Entry(pair=(codes, source.pair[1]), bits=source.bits)
+            pair = (codes, source.pair[1])
+            entry = _Entry(pair=pair, bits=source.bits, offset=source.offset)
         elif self.plan.takes_two_tensors(call):
-            values = self._values(call.inputs[0])
+            values = self._centred_values(call.inputs[0])
             entry = _Entry(values=self._of_two_tensors(call.operation, values, call.name))
         elif self.plan.reads_logits(call):
             read = {r.index: self._logits(r) for r in call.inputs}
             entry = _Entry(values=self._clone(call, read))
         else:
-            read = {r.index: self._values(r) for r in call.inputs}
+            look = self._centred_values if kind in _POOLS else self._values
+            read = {r.index: look(r) for r in call.inputs}
             made = self._clone(call, read)
             flat = keras.tree.flatten(made)
             for ref, tensor in zip(walk.refs(call.outputs), flat, strict=True):
@@ -160,7 +192,9 @@ class _Builder:
         if widths is None:
             return _Entry(values=self._clone(call, {ref.index: self._values(ref)}))
         pair = self._grid(ref, widths.activation_bits)
-        offset = self._offset_of(ref)
+        offset = self.entries[ref.index].offset
+        if offset and not self.images.absorbs(call.operation):
+            pair, offset = self._centred(ref).pair, 0.0
         bits = 8 if self.plan.is_image(ref) else widths.activation_bits
         layer, activation, fresh = self._quantized_layer(
             call, widths, needs_bias=bool(offset), signs=self.scheme.activation_of(bits)[0] == _SIGN
@@ -181,7 +215,7 @@ class _Builder:
 
     def _two_at_a_time(self, call, layer):
         """What the runtime adds or multiplies by twos; each partial result needs its own grid."""
-        tensors = [self._values(r) for r in call.inputs]
+        tensors = [self._centred_values(r) for r in call.inputs]
         if len(tensors) == 2:
             return self._exact(layer, call.name)(tensors)
         total = tensors[0]
@@ -226,12 +260,35 @@ class _Builder:
         if entry.pair is None and self.plan.needs_stream(ref):
             quantized = self._quantize(ref, entry.values, STREAM_BITS)
             entry.pair, entry.bits, entry.values = quantized, STREAM_BITS, None
+            entry.offset = self.images.offset_of(ref)
         return entry.pair is not None
 
     def _values(self, ref):
         entry = self.entries[ref.index]
         if self._on_grid(ref) and entry.values is None:
-            entry.values = self._dequantized(entry.pair, self._tensor_name(ref))
+            entry.values = self._dequantized(entry.pair, self._tensor_name(ref), entry.offset)
+        return entry.values
+
+    def _centred(self, ref):
+        """An entry on a grid whose code 0 is 0.0: for what adds no offset of its own, or pads."""
+        entry = self.entries[ref.index]
+        if not (self._on_grid(ref) and entry.offset):
+            return entry
+        if entry.centred is None:
+            _, lo, _ = self.images.grid(ref)
+            step = layers.Quantize(
+                quantizers.get("lsq", bits=STREAM_BITS, signed=lo < 0, role="activation"),
+                name=self._name(f"{self._tensor_name(ref)}_centred_quantize"),
+            )
+            entry.centred = _Entry(pair=step(self._values(ref)), bits=STREAM_BITS)
+        return entry.centred
+
+    def _centred_values(self, ref):
+        entry = self._centred(ref)
+        if not (self._on_grid(ref) and self.entries[ref.index].offset):
+            return self._values(ref)
+        if entry.values is None:
+            entry.values = self._dequantized(entry.pair, f"{self._tensor_name(ref)}_centred")
         return entry.values
 
     def _grid(self, ref, bits):
@@ -245,7 +302,10 @@ class _Builder:
         return entry.made[bits]
 
     def _logits(self, ref):
-        return self._dequantized(self._grid(ref, STREAM_BITS), self._tensor_name(ref))
+        pair = self._grid(ref, STREAM_BITS)
+        if self.entries[ref.index].offset:
+            pair = self._centred(ref).pair
+        return self._dequantized(pair, self._tensor_name(ref))
 
     def _output(self, ref):
         if self.plan.makes_probabilities(ref) or not any(
@@ -279,7 +339,7 @@ class _Builder:
         name = self._name(f"{name or self._tensor_name(ref)}_quantize")
         fixed = self.plan.fixed_scale(ref) if signed is None and bits == STREAM_BITS else None
         if self.plan.is_image(ref):
-            quantizer = self._image_quantizer(ref)
+            quantizer = self.images.quantizer(ref)
         elif fixed is not None:
             quantizer = quantizers.Affine(bits, scale=fixed)
         else:
@@ -301,60 +361,21 @@ class _Builder:
             )
         return layers.Quantize(quantizer, name=name)(values)
 
-    def _image_quantizer(self, ref):
-        """The grid on which 256 pixel values stay 256 codes, where the range is known."""
-        call = self.plan.walk_back(ref, BEFORE_GRID)
-        if call is not None:
-            scale, offset = self._image_scaling(call)
-        elif self.input_range is not None:
-            bottom, top = self.input_range
-            if not top > bottom:
-                raise ValueError(f"input_range must rise. Got {self.input_range}")
-            scale, offset = (top - bottom) / 255.0, bottom
-        else:
-            return quantizers.Affine(8)
-        lo = int(np.clip(np.rint(offset / scale), -255, 0))
-        return quantizers.Affine(8, scale=scale, lo=lo, offset=offset - scale * lo)
-
-    def _image_scaling(self, call):
-        """Gain and shift of the rescalings that end with `call`, one behind the other."""
-        scale, offset = 1.0, 0.0
-        while call is not None:
-            gain, shift = scaling_of(call)
-            if np.ndim(gain) or np.ndim(shift):
-                raise ValueError(
-                    f"{call.name}: Rescaling by channel cannot become an input grid. "
-                    "Use Normalization for that, or one number."
-                )
-            if not 0 < gain < np.inf or not np.isfinite(shift):
-                raise ValueError(
-                    f"{call.name}: an input must be rescaled by a positive number. Got {gain:g}"
-                )
-            scale, offset = scale * float(gain), offset + scale * float(shift)
-            before = self.plan.walk_back(call.inputs[0], BEFORE_GRID)
-            if before not in (None, self.plan.walk_back(call.inputs[0], BEFORE_GRID - {"pad"})):
-                raise ValueError(
-                    f"{call.name}: the zeros that are put around the image would be rescaled too. "
-                    "Put all rescalings before the padding"
-                )
-            call = before
-        return scale, offset
-
-    def _offset_of(self, ref):
-        quantizer = self._image_quantizer(ref) if self.plan.is_image(ref) else None
-        return 0.0 if quantizer is None else quantizer.offset
-
-    def _dequantized(self, pair, name):
-        return layers.Dequantize(name=self._name(f"{name}_dequantize"))(pair)
+    def _dequantized(self, pair, name, offset=0.0):
+        name = self._name(f"{name}_dequantize")
+        return layers.Dequantize(offset=offset, name=name)(pair)
 
     def _clone(self, call, read):
         operation = self.clones.get(id(call.operation))
         original = call.operation
         if operation is None:
-            config = original.get_config()
+            config = config_of(original)
             if isinstance(original, keras.layers.Layer):
                 config["name"] = self._name(call.name)
-            operation = _IN_PLACE_OF.get(type(original), type(original)).from_config(config)
+                if kind_of(call) not in (None, "product") and original.compute_dtype in _HALVES:
+                    # What stands between grids has to tell neighbouring codes apart.
+                    config["dtype"] = "float32"
+            operation = rebuilt(original, config, _IN_PLACE_OF.get(type(original)))
             if not isinstance(original, keras.layers.Layer):
                 # Keras counts on from names in use, which may be those of copied layers.
                 operation.name = self._name(call.name)
@@ -363,7 +384,7 @@ class _Builder:
             *walk.substitute(call.args, read), **walk.substitute(dict(call.kwargs), read)
         )
         if isinstance(original, keras.layers.Layer) and original.weights:
-            operation.set_weights(original.get_weights())
+            set_weights(operation, original.get_weights())
         return results
 
     def _quantized_layer(self, call, widths, needs_bias, signs):
@@ -372,7 +393,7 @@ class _Builder:
         if known is not None:
             return (*known, False)
         original = call.operation
-        config = original.get_config()
+        config = config_of(original)
         config["name"] = self._name(call.name)
         config["use_bias"] = config["use_bias"] or needs_bias
         name = activation_name(original)
@@ -386,9 +407,8 @@ class _Builder:
         config.pop("dtype", None)
         if signs and not isinstance(original, keras.layers.Dense):
             config["pad_code"] = quantizers.Sign.pad_code
-        layer = _QUANTIZED[type(original)].from_config(
-            {**config, **self._kernel_quantizers(type(original), widths)}
-        )
+        config |= self._kernel_quantizers(type(original), widths)
+        layer = rebuilt(original, config, _QUANTIZED[type(original)])
         self.clones[id(original)] = (layer, after)
         return layer, after, True
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 
 import keras
 import numpy as np
@@ -12,7 +11,7 @@ from keras import ops
 from keras_lowbit import walk
 from keras_lowbit.numerics import backend
 from keras_lowbit.progress import track
-from keras_lowbit.transform.calibrate import checked_batches
+from keras_lowbit.transform.batches import checked_batches
 
 
 def reestimate_batchnorm(model, data, *, steps=None, batch_size=32) -> keras.Model:
@@ -50,7 +49,7 @@ def reestimate_batchnorm(model, data, *, steps=None, batch_size=32) -> keras.Mod
     norms = {id(c.operation): c.operation for c in program.calls if _learns_statistics(c)}
     if not norms:
         return model
-    batches = checked_batches(program, _first(data, steps, batch_size), batch_size)
+    batches = checked_batches(program, data, batch_size, steps)
     sums = {key: _Sums() for key in norms}
     order = []  # keys of the calls whose statistics `statistics` returns
 
@@ -91,20 +90,6 @@ def reestimate_batchnorm(model, data, *, steps=None, batch_size=32) -> keras.Mod
 def _learns_statistics(call):
     norm = isinstance(call.operation, keras.layers.BatchNormalization)
     return norm and call.operation.trainable and call.kwargs.get("training") is not False
-
-
-def _first(data, steps, batch_size):
-    """The first `steps` batches of `data`, in the form it came in."""
-    if hasattr(data, "shape"):
-        return data if steps is None else data[: steps * batch_size]
-    if isinstance(data, (list, tuple)) and all(hasattr(x, "shape") for x in data):
-        return data if steps is None else [x[: steps * batch_size] for x in data]
-    if isinstance(data, keras.utils.PyDataset):
-        # Their `__getitem__` need not raise at the end, so iterating might never stop.
-        # Amid a pass of `fit` an `AugmentedBatches` counts what is asked for: not here.
-        read = getattr(data, "batch_at", data.__getitem__)
-        return (read(i) for i in range(len(data))[:steps])
-    return itertools.islice(data, steps)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from keras import ops
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of
 from keras_lowbit.progress import track
-from keras_lowbit.transform.calibrate import checked_batches
+from keras_lowbit.transform.batches import checked_batches
+from keras_lowbit.transform.copies import set_weights
 
 METHODS = ("fat", "cle", "activations")
 FACTORS = (1e-2, 1e2)
@@ -151,7 +152,9 @@ def rescale_pairs(model, data, method="fat", limit=5.9, *, batch_size=32, return
     if not 0 < limit < 6:
         raise ValueError(f"rescale_pairs: limit must lie between 0 and 6. Got {limit!r}")
     copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
+    set_weights(copy, model.get_weights())
+    if hasattr(model, "output_names"):  # a Sequential model has none
+        copy.output_names = list(model.output_names)
     program = walk.flatten(copy)
     pairs, declined = _pairs(program, method)
     if not pairs:

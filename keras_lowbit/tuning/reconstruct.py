@@ -16,7 +16,8 @@ from keras import ops
 
 from keras_lowbit.progress import table, track
 from keras_lowbit.quantizers.base import checked_choice
-from keras_lowbit.transform.calibrate import checked_batches, uncalibrated
+from keras_lowbit.transform.batches import checked_batches
+from keras_lowbit.transform.calibrate import uncalibrated
 from keras_lowbit.transform.snap_biases import snap_biases
 from keras_lowbit.tuning import block_model, programs, streams
 from keras_lowbit.tuning import rounding as data_rounding

@@ -15,7 +15,8 @@ from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.numerics import uniform
 from keras_lowbit.progress import track
 from keras_lowbit.quantizers import Threshold
-from keras_lowbit.transform.calibrate import activation_quantizers, checked_batches, uncalibrated
+from keras_lowbit.transform.batches import checked_batches
+from keras_lowbit.transform.calibrate import activation_quantizers, uncalibrated
 from keras_lowbit.transform.snap_biases import snap_biases
 from keras_lowbit.tuning import programs
 from keras_lowbit.tuning.variables import standing_in

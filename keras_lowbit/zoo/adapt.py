@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_lowbit.callbacks.sites import quantizers_of
 from keras_lowbit.layers import Dequantize, Quantize, QuantizedDense
+from keras_lowbit.transform.copies import set_weights
 from keras_lowbit.transform.kernels import fit_kernels
 
 _BEHIND = (Quantize, Dequantize, keras.layers.Softmax, keras.layers.Activation)
@@ -35,7 +36,8 @@ def with_input_shape(model: keras.Model, shape) -> keras.Model:
     image = keras.Input(shape, dtype=model.inputs[0].dtype, name=model.inputs[0].name)
     try:
         resized = keras.models.clone_model(model, input_tensors=image)
-        resized.set_weights(model.get_weights())
+        set_weights(resized, model.get_weights())
+        resized.output_names = list(model.output_names)
     except ValueError as error:
         raise ValueError(f"{model.name} cannot take images of {shape}: {error}") from error
     return resized

@@ -8,6 +8,7 @@ import warnings
 
 import keras
 
+from keras_lowbit.transform.copies import set_weights
 from keras_lowbit.zoo.architectures import imagenet
 from keras_lowbit.zoo.architectures.alexnet import alexnet_bn
 from keras_lowbit.zoo.architectures.mnasnet import mnasnet_a1, mnasnet_b1
@@ -97,7 +98,7 @@ def load_weights(model: keras.Model, path: str, *, alpha: float = 1.0) -> None:
 def _read(model, path):
     if path.endswith((".keras", ".h5")) and not path.endswith(".weights.h5"):
         source = keras.models.load_model(path, compile=False)
-        model.set_weights(source.get_weights())
+        set_weights(model, source.get_weights())
     else:
         model.load_weights(path)
 

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import tflite_export
 from keras_lowbit import layers
 from keras_lowbit.analysis import summary
 from keras_lowbit.transform import calibrate, quantize_model
@@ -252,3 +253,46 @@ def test_the_table_as_text(golden):
 def test_models_without_a_graph_are_refused():
     with pytest.raises(ValueError, match="has no input shape yet"):
         summary(keras.Sequential([K.Dense(2)]))
+
+
+def bilinear(x):
+    return K.UpSampling2D(2, interpolation="bilinear", name="odd")(x)
+
+
+def mean_over_channels(x):
+    return ops.mean(x, axis=-1, keepdims=True)
+
+
+def crop(x):
+    return x[:, 1:4, 1:4]
+
+
+def surround(x):
+    return ops.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=2.0)
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        (bilinear, "only interpolation='nearest'"),
+        (mean_over_channels, "only a mean over height and width"),
+        (crop, "only x[:, ::s, ::t, :] is supported"),
+        (surround, "only zero padding is supported"),
+    ],
+)
+def test_what_an_export_refuses_is_listed_with_the_reason(odd, words):
+    inputs = keras.Input((6, 5, 3))
+    x = odd(K.Conv2D(4, 3, padding="same", name="a")(inputs))
+    x = K.Dense(2, name="head")(K.Flatten(name="flat")(x))
+    model = quantize_model(keras.Model(inputs, x), "w8a8")
+    found, text = summed(model)
+    (why,) = [why for why in found.floats.values() if words in why]
+    assert not why.startswith(f"{next(k for k, v in found.floats.items() if v == why)}:")
+    assert words in text
+    assert any(words in line for line in tflite_export.check(model))
+
+
+def test_a_model_for_images_of_any_size_still_has_a_summary():
+    inputs = keras.Input((None, None, 3))
+    x = K.GlobalAveragePooling2D()(K.Conv2D(4, 3, name="a")(inputs))
+    assert summed(quantize_model(keras.Model(inputs, x), "w8a8"))[0].floats == {}

@@ -1,3 +1,7 @@
+import gc
+import itertools
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -101,6 +105,82 @@ def test_several_inputs_take_a_list():
         calibrate(model, data[0])
     with pytest.raises(ValueError, match=r"All inputs need as many images\. Got \[5, 3\]"):
         calibrate(model, [data[0], data[1][:3]])
+
+
+def two_inputs():
+    one, two = keras.Input((3,), name="one"), keras.Input((4,), name="two")
+    model = keras.Model([two, one], K.Concatenate(name="both")([K.Dense(2)(one), K.Dense(2)(two)]))
+    return quantize_model(model, "w8a8")
+
+
+def test_several_inputs_are_given_by_name_at_once_or_batch_by_batch():
+    random = np.random.default_rng(0)
+    data = {n: random.normal(size=(6, k)).astype("float32") for n, k in (("one", 3), ("two", 4))}
+    first, *others = (two_inputs() for _ in range(4))
+    calibrate(first, [data["two"], data["one"]])
+    halves = [{n: a[i : i + 3] for n, a in data.items()} for i in (0, 3)]
+    forms = (data, (half for half in halves), [(half, np.zeros(3)) for half in halves])
+    for model, given in zip(others, forms, strict=True):
+        model.set_weights(first.get_weights())
+        calibrate(model, given)
+        assert scales(model) == scales(first)
+    with pytest.raises(ValueError, match=r"inputs \['two', 'one'\]\. Got \['one', 'three'\]"):
+        calibrate(two_inputs(), {"one": data["one"], "three": data["two"]})
+
+
+class Endless:
+    """Batches without end or length, of which it counts how many are held at a time."""
+
+    def __init__(self):
+        self.read = 0
+
+    def __iter__(self):
+        for batch in itertools.repeat(images(4)):
+            self.read += 1
+            yield batch
+
+
+def test_steps_end_what_has_no_end():
+    endless, model, other = Endless(), net(), net()
+    other.set_weights(model.get_weights())
+    calibrate(model, endless, steps=3)
+    assert endless.read == 3
+    calibrate(other, np.concatenate([images(4)] * 3), batch_size=4)
+    assert scales(model) == scales(other)
+    with pytest.raises(ValueError, match=r"steps must be .* at least 1\. Got 0"):
+        calibrate(model, endless, steps=0)
+
+
+def test_a_data_set_that_says_it_has_no_end_asks_for_steps():
+    class Repeated(Endless):
+        def cardinality(self):
+            return -1
+
+    with pytest.raises(ValueError, match="no end: say how many batches to read by steps="):
+        calibrate(net(), Repeated())
+    assert uncalibrated(calibrate(net(), Repeated(), steps=2)) == []
+
+
+def test_batches_of_a_known_number_are_read_one_by_one():
+    alive = []
+
+    class Sized:
+        def __len__(self):
+            return 5
+
+        def __iter__(self):
+            for _ in range(5):
+                gc.collect()
+                alive.append(sum(ref() is not None for ref in born))
+                batch = images(4)
+                born.append(weakref.ref(batch))
+                yield batch
+                del batch
+
+    born = []
+    calibrate(net(), Sized())
+    assert len(alive) == 5
+    assert max(alive) <= 2  # the one in use, and the last not yet let go of
 
 
 def test_an_uncalibrated_model_is_refused_at_export_with_the_way_out():

@@ -9,7 +9,7 @@ import keras_lowbit as klb
 
 
 def separable_net():
-    inputs = keras.Input((9, 9, 3))
+    inputs = keras.Input((9, 9, 3), name="image")
     x = keras.layers.SeparableConv2D(6, 3, activation="relu")(inputs)
     x = keras.layers.Conv2D(8, 1, use_bias=False, name="point")(x)
     x = keras.layers.BatchNormalization(name="point_bn")(x)
@@ -75,3 +75,37 @@ def test_another_float_model_is_refused(pair, images):
     other = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x))
     with pytest.raises(ValueError, match="shares no layer names"):
         klb.correct_biases(pair[1], other, images)
+
+
+def test_a_shared_layer_keeps_its_bias_and_others_are_corrected(images):
+    """Corrected at the call that sees the larger inputs, it would be off at the other."""
+    shared = keras.layers.Conv2D(3, 3, padding="same", name="shared")
+    inputs = keras.Input((9, 9, 3))
+    x = keras.layers.ReLU()(shared(keras.layers.ReLU()(shared(inputs))))
+    x = keras.layers.Conv2D(4, 1, name="own")(x)
+    model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling2D()(x)))
+    quantized = klb.calibrate(klb.quantize_model(model, "w2a4"), images)
+    before = {n: ops.convert_to_numpy(quantized.get_layer(n).bias) for n in ("shared", "own")}
+    klb.correct_biases(quantized, model, images)
+    after = {n: ops.convert_to_numpy(quantized.get_layer(n).bias) for n in before}
+    # What a file can hold is all that the one moved to, and it was there already.
+    np.testing.assert_allclose(after["shared"], before["shared"], atol=1e-6)
+    assert np.abs(after["own"] - before["own"]).max() > 1e-3
+
+
+def test_an_activation_may_be_a_layer(images):
+    inputs = keras.Input((9, 9, 3))
+    x = keras.layers.Conv2D(4, 3, activation=keras.layers.ReLU(6.0), name="a")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling2D()(x)))
+    quantized = klb.calibrate(klb.quantize_model(model, "w4a4"), images)
+    wanted = model.predict(images, verbose=0).mean(axis=0)
+    klb.correct_biases(quantized, model, images)
+    apart = np.abs(quantized.predict(images, verbose=0).mean(axis=0) - wanted)
+    assert apart.max() < 0.02
+
+
+def test_several_batches_are_refused_and_arrays_by_name_are_taken(pair, images):
+    model, quantized = pair
+    with pytest.raises(ValueError, match=r"over one batch\. Got 2: pass one array"):
+        klb.correct_biases(quantized, model, [(images[:8],), (images[8:],)])
+    klb.correct_biases(quantized, model, {"image": images})

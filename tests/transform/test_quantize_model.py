@@ -180,6 +180,31 @@ def test_operations_are_quantized_like_layers():
     assert_same_integers(quantized, images())
 
 
+@pytest.mark.parametrize(
+    "activation",
+    [
+        lambda x: keras.activations.relu(x, max_value=6),
+        lambda x: keras.activations.relu(x, max_value=0.5),
+        lambda x: keras.activations.relu(x, negative_slope=0.25),
+        K.LeakyReLU(1.0),
+    ],
+    ids=["relu6", "limit", "slope", "no activation"],
+)
+def test_forms_of_a_relu_are_quantized_alike(activation):
+    inputs = keras.Input(SHAPE)
+    x = activation(K.Conv2D(4, 3, padding="same", name="a")(inputs))
+    model = keras.Model(inputs, K.Dense(3, name="c")(K.Flatten()(x)))
+    assert tflite_export.check(model) == []
+    assert_same_integers(assert_close(model), images())
+
+
+def test_a_slice_that_turns_an_image_round_is_refused():
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(4, 3, name="a")(inputs)[:, ::-1]
+    (line,) = tflite_export.check(keras.Model(inputs, K.Conv2D(2, 1, name="b")(x)))
+    assert "only x[:, ::s, ::t, :] is supported" in line
+
+
 def test_adding_a_number_is_not_lost():
     inputs = keras.Input((4,))
     x = K.Dense(3, name="d")(inputs)
@@ -308,6 +333,38 @@ def test_models_that_cannot_be_quantized_are_refused():
         quantize_model(keras.Model(inputs, K.ReLU()(inputs)), "w8a8")
     with pytest.raises(ValueError, match="is quantized already"):
         quantize_model(quantize_model(small_model(), "w8a8"), "w8a8")
+
+
+def test_channels_first_are_refused_by_name_in_one_line():
+    inputs = keras.Input((3, 6, 5))
+    x = K.Conv2D(4, 3, data_format="channels_first", name="a")(inputs)
+    x = K.DepthwiseConv2D(3, data_format="channels_first", name="b")(x)
+    with pytest.raises(ValueError, match=r"^a, b: images must have their channels last[^\n]*$"):
+        quantize_model(keras.Model(inputs, x), "w8a8")
+
+
+def of_any_size(inputs):
+    return K.GlobalAveragePooling2D()(K.Conv2D(4, 3)(inputs))
+
+
+OBJECTIONS = {
+    "dynamic size": ((None, None, 3), of_any_size, "dynamic shape"),
+    "channels first": (
+        (3, 6, 5),
+        lambda x: K.Conv2D(4, 3, data_format="channels_first")(x),
+        "last",
+    ),
+    "by channel": (SHAPE, lambda x: K.Conv2D(2, 1)(K.Rescaling([1.0, 2.0, 3.0])(x)), "by channel"),
+    "one dimension": ((9, 3), K.Conv1D(2, 3), "no layer to quantize"),
+}
+
+
+@pytest.mark.parametrize("case", OBJECTIONS)
+def test_check_lists_what_quantize_model_refuses(case):
+    shape, body, words = OBJECTIONS[case]
+    inputs = keras.Input(shape)
+    (line,) = tflite_export.check(keras.Model(inputs, body(inputs)))
+    assert words in line
 
 
 # --- where images come in ---------------------------------------------------------------------

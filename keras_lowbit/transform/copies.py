@@ -1,0 +1,91 @@
+"""Copies of inputs and layers: layers are made again from their configs, with their weights."""
+
+from __future__ import annotations
+
+import keras
+
+
+def inputs_like(program) -> list:
+    """`keras.Input` for each input of a program, of its name, type and batch size."""
+    return [
+        keras.Input(batch_shape=ref.shape, dtype=ref.dtype, name=name)
+        for ref, name in zip(program.inputs, program.input_names, strict=True)
+    ]
+
+
+def config_of(original) -> dict:
+    """`get_config`, with regularizers and constraints that have none as they are.
+
+    Raises:
+        ValueError: a layer without a config, with its name.
+    """
+    try:
+        return original.get_config()
+    except NotImplementedError:
+        endings = ("_regularizer", "_constraint")
+        held = {k: v for k, v in vars(original).items() if k.endswith(endings) and v is not None}
+    try:
+        for key in held:
+            setattr(original, key, None)
+        return {**original.get_config(), **held}
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{original.name} ({type(original).__name__}) cannot be copied: give its class a "
+            "get_config"
+        ) from error
+    finally:
+        for key, value in held.items():
+            setattr(original, key, value)
+
+
+def rebuilt(original, config, cls=None):
+    """A layer or operation of `config`, which is the original's with some entries changed.
+
+    What Keras cannot make again from a config (a lambda, a function or a regularizer that is not
+    registered) the copy shares with the original.
+
+    Args:
+        original: what is copied.
+        config: `config_of(original)`, changed or not.
+        cls: class of the copy; that of the original when left out.
+
+    Raises:
+        ValueError: a layer that cannot be made again, with its name.
+    """
+    cls = cls or type(original)
+    try:
+        return cls.from_config(dict(config))
+    except (TypeError, ValueError, AttributeError):
+        pass  # told below, should the second way fail too
+    try:
+        return cls(**{key: _own(original, key, value) for key, value in config.items()})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{original.name} ({type(original).__name__}) cannot be copied: "
+            f"{str(error).splitlines()[0]} Give its class a get_config and a from_config that fit"
+        ) from error
+
+
+def _own(original, key, value):
+    """A serialized function or object of a config, as the original holds it."""
+    held = getattr(original, key, None)
+    if key == "dtype" or not isinstance(value, (dict, str)) or not callable(held):
+        return value
+    # Layers have weights, which copies do not share.
+    return value if isinstance(held, keras.layers.Layer) else held
+
+
+def set_weights(layer, weights):
+    """`set_weights` of a layer or a model, and of what `Normalization` derives from its weights.
+
+    Keras computes its mean and variance anew where a file is read, but not here.
+    """
+    layer.set_weights(weights)
+    _derive(layer)
+
+
+def _derive(layer):
+    if isinstance(layer, keras.layers.Normalization):
+        layer.finalize_state()
+    for part in getattr(layer, "layers", ()):
+        _derive(part)

@@ -1,0 +1,135 @@
+"""Images on a grid beside 0.0: whoever reads the codes gets the offset back."""
+
+import keras
+import numpy as np
+import pytest
+
+import tflite_export
+from keras_lowbit.integer import reference
+from keras_lowbit.integer.build import integer_graph
+from keras_lowbit.transform import calibrate, quantize_model
+
+K = keras.layers
+SHAPE = (8, 8, 3)
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, *SHAPE)).astype("float32")
+
+
+def conv(name="conv", **options):
+    return K.Conv2D(3, 3, name=name, **{"padding": "same", **options})
+
+
+def skip(x):
+    return K.Add(name="sum")([x, conv()(x)])
+
+
+def side(x):
+    return K.Concatenate(name="cat")([x, conv()(x)])
+
+
+def batch_norm(x):
+    norm = K.BatchNormalization(name="bn")
+    y = conv(padding="valid")(norm(x))
+    moments = [[2.0, 1.0, 0.5], [0.0, 1.0, 2.0], [5.0, 1.0, 0.5], [4.0, 1.0, 9.0]]
+    norm.set_weights(list(np.float32(moments)))
+    return y
+
+
+def average(x):
+    return conv()(K.AveragePooling2D(2, name="pool")(x))
+
+
+def padded(x):
+    return conv(padding="valid")(K.ZeroPadding2D(1, name="pad")(x))
+
+
+def maximum(x):
+    return conv(padding="valid")(K.MaxPooling2D(2, name="max")(x))
+
+
+def shared(x):
+    layer = conv("shared")
+    return layer(K.ReLU(name="relu")(layer(x)))
+
+
+def gated(x):
+    return conv()(K.Activation("silu", name="silu")(x))
+
+
+def same(x):
+    return conv()(x)
+
+
+BODIES = [same, skip, side, batch_norm, average, padded, maximum, shared, gated]
+# 0.0 between two codes, below them twice, and on one.
+SCALINGS = [(1 / 127.5, -1.0), (1 / 255, 0.5), (10 / 255, 10.0), (1 / 255, 0.0)]
+
+
+def model_of(body, scaling=None):
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input(SHAPE, name="image")
+    x = inputs if scaling is None else K.Rescaling(*scaling, name="rescale")(inputs)
+    x = K.Flatten(name="flat")(conv("last", strides=2)(K.ReLU(name="out")(body(x))))
+    return keras.Model(inputs, x)
+
+
+def assert_close(model, data, **options):
+    quantized = calibrate(quantize_model(model, "w8a8", **options), data)
+    wanted = model.predict(data, verbose=0)
+    made = quantized.predict(data, verbose=0)
+    np.testing.assert_allclose(made, wanted, atol=0.04 * np.abs(wanted).max())
+    return quantized
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_every_reader_of_a_rescaled_image_sees_its_reals(body, scaling):
+    quantized = assert_close(model_of(body, scaling), PIXELS)
+    if scaling[1] == 0.0 and body in (skip, gated):
+        return  # on its own grid the image is no tensor to add yet
+    graph = integer_graph(quantized, input_type="uint8")
+    made = reference.run(graph, {graph.inputs[0]: PIXELS.astype("uint8")})[graph.outputs[0]]
+    wanted = quantized.predict(PIXELS, verbose=0)
+    # A code of the image that falls on the other side of a tie moves a sum by little.
+    assert np.abs(made - wanted).max() <= 3.01 * graph.tensors[graph.ops[-1].inputs[0]].scale
+
+
+@pytest.mark.parametrize("body", [skip, side, batch_norm, padded, shared])
+def test_every_reader_of_an_image_with_a_given_range_sees_its_reals(body):
+    data = PIXELS / np.float32(25.5) + 10
+    assert_close(model_of(body), data, input_range=(10, 20))
+
+
+def test_a_float_stem_sees_the_reals():
+    model = model_of(same, (1 / 255, 0.5))
+    quantized = calibrate(quantize_model(model, {"*": "w8a8", "conv": None}), PIXELS)
+    wanted = model.predict(PIXELS, verbose=0)
+    np.testing.assert_allclose(
+        quantized.predict(PIXELS, verbose=0), wanted, atol=0.04 * np.abs(wanted).max()
+    )
+
+
+def test_one_layer_on_two_images_of_other_ranges():
+    first, second = keras.Input(SHAPE, name="first"), keras.Input(SHAPE, name="second")
+    layer = conv("shared", padding="valid")
+    x = K.Concatenate()(
+        [layer(K.Rescaling(1 / 255)(first)), layer(K.Rescaling(1 / 255, 1)(second))]
+    )
+    model = keras.Model([first, second], K.Conv2D(2, 1, name="last")(x))
+    assert_close(model, [PIXELS, PIXELS[::-1].copy()])
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("body", [skip, side, padded])
+def test_the_file_is_exact(body):
+    quantized = assert_close(model_of(body, (1 / 127.5, -1.0)), PIXELS)
+    result = tflite_export.convert(quantized, verify=PIXELS.astype("uint8"))
+    assert result.mismatches == 0
+
+
+def test_the_offset_is_kept_in_files(tmp_path):
+    quantized = assert_close(model_of(skip, (1 / 127.5, -1.0)), PIXELS)
+    quantized.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(
+        loaded.predict(PIXELS, verbose=0), quantized.predict(PIXELS, verbose=0)
+    )
