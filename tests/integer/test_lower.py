@@ -325,7 +325,7 @@ def test_an_input_may_be_rescaled_in_two_ways():
     graph = assert_as_trained(small, pixels(8, 8, 3))
     values = reference.run(graph, {"image": pixels(8, 8, 3).astype(np.uint8)})
     for name in ("c", "d"):
-        (op,) = (op for op in graph if op.source == name)
+        (op,) = (op for op in graph if op.source == name and isinstance(op, ir.Product))
         np.testing.assert_array_equal(values[op.inputs[0]] + 128.0, pixels(8, 8, 3))
 
 
