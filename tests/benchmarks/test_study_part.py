@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from tests.benchmarks.study_part import mean_and_error, rows, verdict
+from keras_lowbit.cli.recipe import read_recipe
+from tests.benchmarks.study_part import RECIPES, deployed_epochs, mean_and_error, rows, verdict
 
 pytestmark = pytest.mark.once
 
@@ -35,5 +36,20 @@ def test_an_arm_is_compared_with_the_plain_one_of_its_scheme():
     }
     plain, descent, alone = rows(found)
     assert (plain[0], plain[-1]) == ("w2a2_one_shot", "")
-    assert (descent[0], descent[2], descent[-1]) == ("w2a2_descent", "90.00", "+10.00")
+    assert (descent[0], descent[3], descent[-1]) == ("w2a2_descent", "90.00", "+10.00")
     assert (alone[0], alone[-1]) == ("wta8_both", "")
+
+
+@pytest.mark.parametrize(
+    ("arm", "epochs"),
+    [
+        ("w2a2_one_shot", 8),
+        ("w2a2_descent", 4),  # 4 bits from epoch 0, 3 from 2, 2 from 4
+        ("w2a2_cycles", 2),  # two cycles of three epochs, the last of each at 2 bits
+        ("w2a2_weights_first", 5),
+        ("w2a2_stochastic", 3.2),
+        ("wta8_pull", 5),
+    ],
+)
+def test_epochs_at_the_last_bits_are_counted_from_the_recipe(arm, epochs):
+    assert deployed_epochs(read_recipe(RECIPES / f"{arm}.toml")) == pytest.approx(epochs)
