@@ -202,15 +202,19 @@ class Plan:
         return first | last
 
     def _nearest_products(self, ref):
-        found, stack = set(), [ref]
+        """Products that a tensor is made of; of a chain of sums only those of the last."""
+        found, stack = set(), [(ref, False)]
         while stack:
-            call = self.producers.get(stack.pop().index)
+            last, summed = stack.pop()
+            call = self.producers.get(last.index)
             if call is None:
                 continue
-            if kind_of(call) == "product":
+            kind = kind_of(call)
+            if kind == "product":
                 found.add(call.name)
-            else:
-                stack.extend(call.inputs)
+            elif kind != "add" or not summed:
+                # A backbone ends in a residual sum, whose skips lead through all the others.
+                stack.extend((source, summed or kind == "add") for source in call.inputs)
         return found
 
     def fixed_scale(self, ref):

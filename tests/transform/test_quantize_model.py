@@ -454,3 +454,18 @@ def test_the_quantized_model_trains_saves_and_loads(tmp_path):
     model.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras")
     np.testing.assert_array_equal(model.predict(data, verbose=0), loaded.predict(data, verbose=0))
+
+
+def test_of_a_backbone_that_ends_in_a_residual_sum_only_the_last_products_are_ends():
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(4, 3, padding="same", name="stem")(inputs)
+    for i in range(3):
+        y = keras.layers.Conv2D(8, 1, activation="relu", name=f"expand{i}")(x)
+        x = keras.layers.Add()([keras.layers.Conv2D(4, 1, name=f"project{i}")(y), x])
+    made = quantize_model(keras.Model(inputs, x), "w4a4")
+    bits = {
+        layer.name: layer.kernel_quantizer.bits
+        for layer in made.layers
+        if hasattr(layer, "kernel_quantizer")
+    }
+    assert {name for name, width in bits.items() if width == 8} == {"stem", "project2"}
