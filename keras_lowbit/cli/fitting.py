@@ -81,25 +81,19 @@ def fit(
         "jit_compile": jit_compile_for(model, train.xla),
     }
 
-    def watching():
-        return [ScaleGuard(), batches.follow_epochs()]
+    def watching(_):
+        return [ScaleGuard(), batches.follow_epochs(), HistoryFile(history)]
 
     if methods.cycles:
-
-        def stage_callbacks(_):
-            return [*watching(), HistoryFile(history)]
-
-        _fit_cycles(
-            learner, batches, train, methods, stage_callbacks, compile_options, backup, options
-        )
+        _fit_cycles(learner, batches, train, methods, watching, compile_options, backup, options)
     else:
-        callbacks = [*watching(), *callbacks_of(methods, train, batches)]
+        callbacks = [ScaleGuard(), batches.follow_epochs(), *callbacks_of(methods, train, batches)]
         if train.bit_descent:
             plan = {int(epoch): bits for epoch, bits in train.bit_descent.items()}
             callbacks.append(BitDescent(plan, verbose=int(bool(verbose))))
         if methods.snap_epoch >= 0:
             callbacks.append(SnapLevels(model, methods.snap_epoch))
-        callbacks.append(HistoryFile(history))
+        callbacks.append(HistoryFile(history))  # behind what adds to the logs
         if backup is not None:
             # Kept: a kill after the last epoch and before the model is saved costs nothing.
             callbacks.append(Resume(backup, keep=True))
@@ -112,7 +106,7 @@ def fit(
         reestimate_batchnorm(model, batches, steps=train.reestimate_batches)
 
 
-def _fit_cycles(learner, batches, train, methods, callbacks, compile_options, backup, options):
+def _fit_cycles(learner, batches, train, methods, watching, compile_options, backup, options):
     """Descents and what lies between them, each stage with a schedule of its own."""
     plan, between = stages_of(methods, train)
 
@@ -125,7 +119,7 @@ def _fit_cycles(learner, batches, train, methods, callbacks, compile_options, ba
         batches,
         optimizer=optimizer,
         compile_options=compile_options,
-        callbacks=callbacks,
+        callbacks=watching,
         directory=backup,
         **options,
     )

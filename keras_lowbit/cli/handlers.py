@@ -75,7 +75,7 @@ def evaluate(name: str, flags) -> int:
         kind = ".tflite"
         dataset = files.load_data(flags.data, _file_shape(path, content), name)
         x, y = _test_images(dataset, flags.images)
-        _check_classes(path, measure.file_classes(content), dataset)
+        measure.check_classes(path, measure.file_classes(content), dataset)
         answers = measure.file_answers(content, x, f"run {path.name}")
     else:
         model = files.load_model(path)
@@ -84,7 +84,7 @@ def evaluate(name: str, flags) -> int:
             raise ValueError(f"{path} was never calibrated: keras-lowbit quantize, or calibrate")
         dataset = files.load_data(flags.data, files.image_shape(model), name)
         x, y = _test_images(dataset, flags.images)
-        _check_classes(path, model.output_shape[-1], dataset)
+        measure.check_classes(path, model.output_shape[-1], dataset)
         answers = measure.keras_answers(model, x, what=f"run {path.name}")
     scored = measure.score(answers, y)
     row = (path, kind, f"{path.stat().st_size:,}", scored["right"], len(y), measure.shown(scored))
@@ -193,13 +193,6 @@ def _file_shape(path, content):
         return measure.file_shape(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _check_classes(path, outputs, dataset):
-    if outputs < dataset.num_classes:
-        raise ValueError(
-            f"{path} tells {outputs} classes apart; {dataset.name} has {dataset.num_classes}"
-        )
 
 
 def _verification_images(result, data, count):

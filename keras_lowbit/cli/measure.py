@@ -89,6 +89,14 @@ def file_shape(content: bytes) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def check_classes(what, outputs: int, dataset) -> None:
+    """`ValueError` if `what`, a model or its file, has fewer outputs than the data has classes."""
+    if outputs < dataset.num_classes:
+        raise ValueError(
+            f"{what} tells {outputs} classes apart; {dataset.name} has {dataset.num_classes}"
+        )
+
+
 def file_classes(content: bytes) -> int:
     """Values of a `.tflite`'s first output, along its last axis."""
     return int(runtime.open_interpreter(content).get_output_details()[0]["shape"][-1])

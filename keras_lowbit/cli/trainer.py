@@ -331,13 +331,10 @@ def float_model(recipe, dataset):
     name, weights = recipe.model.architecture, recipe.model.weights
     options = {"input_shape": dataset.image_shape, "classes": dataset.num_classes}
     model = files.build_float(name, weights, **options)
-    shape, classes = files.image_shape(model), model.output_shape[-1]
+    shape = files.image_shape(model)
     if any(w not in (None, got) for w, got in zip(shape, dataset.image_shape, strict=True)):
         raise ValueError(f"{name} takes images {shape}; {dataset.name} has {dataset.image_shape}")
-    if classes < dataset.num_classes:
-        raise ValueError(
-            f"{name} tells {classes} classes apart; {dataset.name} has {dataset.num_classes}"
-        )
+    measure.check_classes(name, model.output_shape[-1], dataset)
     return model
 
 

@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_lowbit.distillation.divergence import divergence, on_grid_of, squared_distance
+from keras_lowbit.kinds import activation_name
 from keras_lowbit.layers import Quantize
 
 
@@ -258,12 +259,7 @@ def _checked_models(float_model, quantized_models) -> list[keras.Model]:
 
 def _ends_in_probabilities(model):
     last = model.outputs[0]._keras_history.operation
-    if isinstance(last, keras.layers.Softmax):
-        return True
-    return getattr(last, "activation", None) in (
-        keras.activations.softmax,
-        keras.activations.sigmoid,
-    )
+    return activation_name(last) in ("softmax", "softmax_variant", "sigmoid")
 
 
 def _checked_temperatures(temperature, count) -> list[float]:
