@@ -103,6 +103,7 @@ def test_a_row_has_its_channels_in_any_layout():
     x = K.Flatten()(copied(inputs))
     model = keras.Model(inputs, K.Flatten(data_format="channels_first")(x))
     found, scale, _ = integer_outputs(model, row(1.0, 0.0, 0.25))
+    # One code: half for each of two grids.
     np.testing.assert_allclose(found, [[1.0, 0.0, 0.25]], atol=scale)
 
 
