@@ -263,6 +263,14 @@ def limit_of(operation) -> float | None:
     return {"relu": math.inf, "relu6": 6.0, "hard_sigmoid": 1.0}.get(name)
 
 
+def windows_of(operation) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Size and strides of a pool's windows, by axis; of a layer or an operation of `keras.ops`."""
+    pool, strides = operation.pool_size, operation.strides
+    pool = (pool, pool) if isinstance(pool, int) else tuple(pool)
+    strides = pool if strides is None else strides
+    return pool, (strides, strides) if isinstance(strides, int) else tuple(strides)
+
+
 def slope_of(operation) -> float:
     """The factor of negative values of a `"leaky_relu"`."""
     # The function of `keras.activations` has no attributes, and this default.

@@ -10,9 +10,9 @@ import numpy as np
 from keras_lowbit import layers
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.values import Linear, Moved, NotExportable, OnGrid
-from keras_lowbit.kinds import padding_value
+from keras_lowbit.kinds import padding_value, windows_of
 from keras_lowbit.numerics.grid import Grid
-from keras_lowbit.numerics.windows import same_padding
+from keras_lowbit.numerics.windows import reaches_over, same_padding
 
 
 def _moved(lowering, call, op, **attributes):
@@ -53,34 +53,41 @@ def _check_layout(call):
 
 def _pool_attributes(call):
     _check_layout(call)
-    operation = call.operation
-    pool = operation.pool_size
-    pool = (pool, pool) if isinstance(pool, int) else tuple(pool)
-    strides = operation.strides
-    strides = pool if strides is None else strides
-    strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
-    return pool, strides, operation.padding.upper()
+    return *windows_of(call.operation), call.operation.padding.upper()
 
 
 def average_pool(lowering, call):
-    """A mean over windows: one rounding, or two where windows reach over the border."""
+    """A mean over windows: one rounding, or one more where windows reach over the border."""
     pool, strides, padding = _pool_attributes(call)
+    if getattr(call.operation, "zero_point", None) is not None:
+        return _mean_of_codes(lowering, call, pool, strides, padding)
     value = lowering.grid_tensor(call)
-    exact = all(
-        (-(-n // s) - 1) * s + k <= n
-        for n, k, s in zip(value.shape[1:3], pool, strides, strict=True)
-    )
-    if padding == "SAME" and not exact:
+    if padding == "SAME" and any(map(reaches_over, value.shape[1:3], pool, strides)):
         _check_border(call, value.shape[1:3], pool, strides)
         # The runtime, like Keras, does not count padding: no kernel of ones can say that. Its mean
         # stays on the grid of what it reads: another one would clip what goes into a mean.
-        attributes = {"pool": pool, "strides": strides, "padding": padding}
         fine = lowering.emitter.put(value, _eight_bits(value.grid), f"{call.name}_source")
-        shape = lowering.shape(call.output)
-        return _staying(
-            lowering, Moved(ir.AveragePool2D, (fine,), attributes, shape, call.name), call.name
-        )
+        return _runtime_mean(lowering, call, fine, pool, strides, padding)
     return _window_sum(lowering, call, value, pool, strides, lowering.shape(call.output))
+
+
+def _mean_of_codes(lowering, call, pool, strides, padding):
+    """A pool that rounds in training as the runtime does."""
+    value = lowering.grid_tensor(call)
+    if (value.grid.bits, value.grid.zero_point) != (8, call.operation.zero_point):
+        raise NotExportable(
+            f"{call.name}: it pools codes of zero point {call.operation.zero_point} and 8 bits. "
+            f"Got a grid of zero point {value.grid.zero_point} and {value.grid.bits} bits"
+        )
+    return _runtime_mean(lowering, call, value, pool, strides, padding)
+
+
+def _runtime_mean(lowering, call, value, pool, strides, padding):
+    attributes = {"pool": pool, "strides": strides, "padding": padding}
+    shape = lowering.shape(call.output)
+    return _staying(
+        lowering, Moved(ir.AveragePool2D, (value,), attributes, shape, call.name), call.name
+    )
 
 
 def _check_border(call, *axes):

@@ -19,6 +19,11 @@ def same_padding(size: int | None, window: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+def reaches_over(size: int, window: int, stride: int) -> bool:
+    """Whether some window of SAME covers a place outside one axis."""
+    return any(same_padding(size, window, stride))
+
+
 def positions_seen(size: int, window: int, stride: int, padding: str) -> np.ndarray:
     """How many positions of one axis each window of a pool covers, padding left out.
 

@@ -22,7 +22,9 @@ from keras_lowbit.kinds import (
     kind_of,
     limit_of,
     scaling_of,
+    windows_of,
 )
+from keras_lowbit.numerics.windows import reaches_over
 
 STREAM_BITS = 8
 # What may stand between an input and the grid of its pixels, a Rescaling aside.
@@ -98,6 +100,16 @@ class Plan:
     def reads_logits(call):
         """Whether a call is a softmax or a sigmoid, whose table takes 8-bit codes."""
         return kind_of(call) == "activation" and activation_name(call.operation) in _TABLES
+
+    @staticmethod
+    def reaches_over_border(call):
+        """Whether a call is an average pool whose windows do, so that the runtime rounds it."""
+        if kind_of(call) != "average_pool":
+            return False
+        operation, sizes = call.operation, call.inputs[0].shape[1:3]
+        if operation.padding != "same" or operation.data_format == "channels_first":
+            return False
+        return None not in sizes and any(map(reaches_over, sizes, *windows_of(operation)))
 
     @staticmethod
     def takes_two_tensors(call):

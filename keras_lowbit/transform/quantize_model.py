@@ -170,6 +170,8 @@ class _Builder:
             codes = self._clone(call, {call.inputs[0].index: source.pair[0]})
             pair = (codes, source.pair[1])
             entry = _Entry(pair=pair, bits=source.bits, offset=source.offset)
+        elif self.plan.reaches_over_border(call) and not self.plan.is_image(call.inputs[0]):
+            entry = self._mean_on_grid(call)
         elif self.plan.takes_two_tensors(call):
             values = self._centred_values(call.inputs[0])
             entry = _Entry(values=self._of_two_tensors(call.operation, values, call.name))
@@ -212,6 +214,21 @@ class _Builder:
             )
             outputs = activation(self._dequantized(quantized, layer.name))
         return _Entry(values=outputs)
+
+    def _mean_on_grid(self, call):
+        """The mean of a padded pool on the grid of what it reads, where the runtime leaves it."""
+        operation, ref = call.operation, call.inputs[0]
+        codes, scale = self._grid(ref, STREAM_BITS)
+        nonnegative, _ = self.plan.sign_and_limit(ref)
+        pool = layers.AveragePooling2D(
+            operation.pool_size,
+            operation.strides,
+            "same",
+            zero_point=-128 if nonnegative else 0,
+            name=self._name(call.name),
+            dtype="float32",  # codes, whatever the policy
+        )
+        return _Entry(pair=(pool(codes), scale), bits=STREAM_BITS)
 
     def _two_at_a_time(self, call, layer):
         """What the runtime adds or multiplies by twos; each partial result needs its own grid."""

@@ -6,7 +6,9 @@ import pytest
 from keras import ops
 
 from keras_lowbit import NotExportable, calibrate, layers, quantize_model
+from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
+from tests.gradients import gradient
 
 
 def row(values):
@@ -49,8 +51,72 @@ def test_a_pool_that_repeats_the_border_is_refused_by_name(backend):
     if backend != "torch":
         pytest.skip("the other backends do not")
     inputs = keras.Input((5, 5, 2))
-    x = ops.average_pool(keras.layers.Conv2D(2, 1)(inputs), 3, 3, "same")
-    small = quantize_model(keras.Model(inputs, keras.layers.Flatten()(x)))
-    calibrate(small, np.ones((1, 5, 5, 2), np.float32))
+    small = quantize_model(keras.Model(inputs, keras.layers.Conv2D(2, 1)(inputs)))
+    x = ops.average_pool(small.output, 3, 3, "same")
+    by_hand = keras.Model(small.input, keras.layers.Flatten()(x))
+    calibrate(by_hand, np.ones((1, 5, 5, 2), np.float32))
     with pytest.raises(NotExportable, match=r"average_pool: on PyTorch .*layers.AveragePooling2D"):
-        integer_graph(small)
+        integer_graph(by_hand)
+
+
+@pytest.mark.parametrize(
+    ("zero_point", "codes", "expected"),
+    [
+        # Windows of two see 1 and 2, 2 and 4, then 4 alone.
+        (0, [1, 2, 4], [2, 3, 4]),  # 1.5 away from zero
+        (0, [-1, -2, -4], [-2, -3, -4]),
+        (-128, [1, 2, 4], [1, 3, 4]),  # int8 -127 and -126: -126.5 away from zero is -127
+        (-128, [129, 130, 132], [130, 131, 132]),  # int8 1 and 2
+    ],
+)
+def test_means_of_codes_round_as_the_runtime_rounds_int8(zero_point, codes, expected):
+    layer = layers.AveragePooling2D((1, 2), 1, padding="same", zero_point=zero_point)
+    found = ops.convert_to_numpy(layer(row(codes))).reshape(-1)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_rounding_passes_the_gradient_of_the_means_on():
+    layer = layers.AveragePooling2D((1, 2), 1, padding="same", zero_point=0)
+    weights = ops.convert_to_tensor(row([1.0, 10.0, 100.0]))
+    (grad,) = gradient(lambda x: ops.sum(layer(x) * weights), row([1, 2, 4]))
+    # The first window takes half of two codes, the last all of one.
+    np.testing.assert_allclose(grad.reshape(-1), [0.5, 5.5, 105.0], rtol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("zero_point", [1, -127, True])
+def test_other_zero_points_are_refused(zero_point):
+    with pytest.raises(ValueError, match="zero_point must be 0, -128 or None"):
+        layers.AveragePooling2D(2, zero_point=zero_point)
+
+
+def test_a_pool_of_codes_needs_a_size():
+    layer = layers.AveragePooling2D(2, padding="same", zero_point=0)
+    with pytest.raises(ValueError, match="known image size"):
+        layer(keras.Input((None, None, 2)))
+
+
+def test_its_configuration_makes_the_same_layer():
+    layer = layers.AveragePooling2D(3, 1, padding="same", zero_point=-128)
+    again = layers.AveragePooling2D.from_config(layer.get_config())
+    assert (again.zero_point, again.pool_size, again.strides) == (-128, (3, 3), (1, 1))
+    assert "zero_point" not in layers.AveragePooling2D(3).get_config()
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_the_trained_model_pools_to_the_codes_of_the_file(relu):
+    inputs = keras.Input((7, 6, 3))
+    x = keras.layers.Conv2D(8, 3, activation="relu" if relu else None)(inputs)
+    x = keras.layers.AveragePooling2D(3, strides=1, padding="same", name="pool")(x)
+    x = keras.layers.Conv2D(8, 1, name="after")(x)
+    small = quantize_model(keras.Model(inputs, x), "w4a4", input_range=(0, 1))
+    assert small.get_layer("pool").zero_point == (-128 if relu else 0)
+    images = np.random.default_rng(0).integers(0, 256, (64, 7, 6, 3)).astype("float32") / 255
+    calibrate(small, images)
+    graph = integer_graph(small)
+    codes = reference.run(graph, dict.fromkeys(graph.inputs, images))
+    pool = next(op.output for op in graph if op.kind == "average_pool_2d")
+    source = next(op.inputs[0] for op in graph if op.kind == "average_pool_2d")
+    layer = small.get_layer("pool")
+    zero = graph.tensors[pool].zero_point
+    means = ops.convert_to_numpy(layer(codes[source].astype("float32") - zero))
+    np.testing.assert_array_equal(means, codes[pool].astype("float32") - zero)
