@@ -1,7 +1,7 @@
 """From a quantized Keras model to the integer graph: what each kind of call becomes.
 
 A table of small functions, one a kind (`keras_lowbit.kinds`); `integer.values` holds what they
-pass around, `integer.emit` the arithmetic of scales.
+pass around, `integer.emit` puts them on grids, with the numbers of `integer.products`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from keras import ops
 from keras_lowbit import layers, walk
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer import moves
-from keras_lowbit.integer.emit import PROBABILITY_GRID, Emitter, identity, kernel_codes
+from keras_lowbit.integer.emit import PROBABILITY_GRID, Emitter, identity
+from keras_lowbit.integer.products import kernel_codes
 from keras_lowbit.integer.values import (
     Elementwise,
     Image,

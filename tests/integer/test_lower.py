@@ -11,7 +11,8 @@ from keras_lowbit import layers as quantized_layers
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
-from keras_lowbit.integer.emit import identity, integer_product
+from keras_lowbit.integer.emit import identity
+from keras_lowbit.integer.products import integer_product
 from keras_lowbit.integer.values import OnGrid
 from keras_lowbit.numerics.grid import Grid
 
