@@ -12,12 +12,12 @@ import keras
 import numpy as np
 
 from keras_lowbit import walk
+from keras_lowbit.checks import checked_count
 from keras_lowbit.integer import frozen as frozen_models
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.build import (
     TYPES,
     WEIGHTS,
-    check_batch,
     check_choice,
     integer_graph,
     stored,
@@ -238,7 +238,7 @@ def _frozen_graph(model, preprocessing, options):
 
 def _of_batch(graph, batch):
     """The graph for another number of images: nothing in it moves the first axis."""
-    check_batch(batch)
+    batch = checked_count(batch, who="batch", least=1)
     if batch == 1:
         return graph
     tensors = {

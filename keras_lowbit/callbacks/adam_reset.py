@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.callbacks.sites import checked_count
+from keras_lowbit.checks import checked_count
 
 
 class AdamResetCosine(keras.callbacks.Callback):

@@ -6,7 +6,7 @@ import keras
 
 from keras_lowbit.callbacks.bit_descent import BitDescent
 from keras_lowbit.callbacks.norms import graphs_of, reestimate
-from keras_lowbit.callbacks.sites import checked_count
+from keras_lowbit.checks import checked_count
 
 
 class BatchNormReestimation(keras.callbacks.Callback):
@@ -45,9 +45,12 @@ class BatchNormReestimation(keras.callbacks.Callback):
         batch_size: int = 128,
     ):
         super().__init__()
-        for name, value in (("steps", steps), ("every", every)):
-            if value is not None:
-                checked_count(value, who=f"BatchNormReestimation: {name}", least=1)
+        steps, every = (
+            value
+            if value is None
+            else checked_count(value, who=f"BatchNormReestimation: {name}", least=1)
+            for name, value in (("steps", steps), ("every", every))
+        )
         if after is not None and not isinstance(after, BitDescent):
             raise ValueError(f"BatchNormReestimation: after must be a BitDescent. Got {after!r}")
         if every is None and not at_end and after is None:

@@ -9,7 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.callbacks.sites import Site, checked_count, sites_of
+from keras_lowbit.callbacks.sites import Site, sites_of
+from keras_lowbit.checks import checked_count
 
 MAX_BITS = 8
 _ROLES = {"weights": ("kernel",), "activations": ("activation",), "both": ("kernel", "activation")}
@@ -148,11 +149,12 @@ def _checked_plan(plan) -> dict[int, int]:
         raise ValueError(
             f"BitDescent: the plan maps epochs to bits, such as {{0: 8, 2: 6, 4: 4}}. Got {plan!r}"
         )
+    checked = {}
     for epoch, bits in plan.items():
-        checked_count(epoch, who="BitDescent: an epoch of the plan", least=0)
-        checked_count(bits, who=f"BitDescent: bits at epoch {epoch}", least=1)
+        epoch = checked_count(epoch, who="BitDescent: an epoch of the plan", least=0)
+        checked[epoch] = checked_count(bits, who=f"BitDescent: bits at epoch {epoch}", least=1)
         if bits > MAX_BITS:
             raise ValueError(
                 f"BitDescent: bits at epoch {epoch} must be from 1 to {MAX_BITS}. Got {bits}"
             )
-    return dict(sorted(plan.items()))
+    return dict(sorted(checked.items()))

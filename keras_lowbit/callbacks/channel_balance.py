@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import keras
 
-from keras_lowbit.callbacks.sites import checked_count, half_cosine, sites_of
+from keras_lowbit.callbacks.sites import half_cosine, sites_of
+from keras_lowbit.checks import checked_count
 from keras_lowbit.quantizers import ChannelBalanced
 
 
@@ -25,7 +26,7 @@ class ChannelBalanceDecay(keras.callbacks.Callback):
     def __init__(self, epochs: int | None = None):
         super().__init__()
         if epochs is not None:
-            checked_count(epochs, who="ChannelBalanceDecay: epochs", least=1)
+            epochs = checked_count(epochs, who="ChannelBalanceDecay: epochs", least=1)
         self.epochs = epochs
         self._found = []
 

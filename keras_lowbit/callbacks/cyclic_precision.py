@@ -6,7 +6,7 @@ import itertools
 import math
 
 from keras_lowbit.callbacks.bit_descent import MAX_BITS, BitDescent
-from keras_lowbit.callbacks.sites import checked_count
+from keras_lowbit.checks import checked_count
 
 
 class CyclicPrecision(BitDescent):
@@ -50,8 +50,11 @@ class CyclicPrecision(BitDescent):
         targets: str = "both",
         verbose: int = 0,
     ):
-        for name, value in (("low", low), ("high", high), ("cycles", cycles), ("epochs", epochs)):
+        given = {"low": low, "high": high, "cycles": cycles, "epochs": epochs}
+        low, high, cycles, epochs = (
             checked_count(value, who=f"CyclicPrecision: {name}", least=1)
+            for name, value in given.items()
+        )
         if not low < high <= MAX_BITS:
             raise ValueError(
                 f"CyclicPrecision: low must be below high, and high at most {MAX_BITS}. "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import keras
 
 from keras_lowbit.callbacks.penalties import attach_penalties, kernels_with_bins
-from keras_lowbit.callbacks.sites import checked_count, half_cosine
+from keras_lowbit.callbacks.sites import half_cosine
+from keras_lowbit.checks import checked_count
 from keras_lowbit.regularizers import Dampening
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import keras
 
-from keras_lowbit.callbacks.sites import checked_count, layers_of
+from keras_lowbit.callbacks.sites import layers_of
+from keras_lowbit.checks import checked_count
 
 
 class FreezeBatchNorm(keras.callbacks.Callback):

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.callbacks.sites import checked_count
+from keras_lowbit.checks import checked_count
 
 _SEEDS = "seeds.npz"
 _STATE = "state_{}.npz"

@@ -6,7 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.callbacks.sites import checked_count, layers_of, sites_of
+from keras_lowbit.callbacks.sites import layers_of, sites_of
+from keras_lowbit.checks import checked_count
 from keras_lowbit.quantizers.base import PositiveScale
 
 # A scale below this share of its start has nothing left to say.

@@ -1,4 +1,4 @@
-"""Where a model keeps its quantizers, and the checks and the ramp that callbacks share."""
+"""Where a model keeps its quantizers, and the check and the ramps that callbacks share."""
 
 from __future__ import annotations
 
@@ -47,13 +47,6 @@ def quantizers_of(layer: keras.layers.Layer) -> list[tuple[str, Quantizer]]:
     # `dir`, not `vars`: on PyTorch Keras keeps sublayers outside of an object's `__dict__`.
     held = ((name, getattr(layer, name)) for name in dir(layer) if name.endswith("quantizer"))
     return [(name, one) for name, one in held if isinstance(one, Quantizer)]
-
-
-def checked_count(value, *, who: str, least: int) -> int:
-    """`value` as an int of at least `least`, or `ValueError` naming `who`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{who} must be a whole number of at least {least}. Got {value!r}")
-    return value
 
 
 def check_switch(callback: keras.callbacks.Callback, what: str) -> None:

@@ -8,8 +8,9 @@ import keras
 import numpy as np
 
 from keras_lowbit import walk
-from keras_lowbit.callbacks.sites import checked_count, quantizers_of
+from keras_lowbit.callbacks.sites import quantizers_of
 from keras_lowbit.callbacks.switches import add_switches
+from keras_lowbit.checks import checked_count
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.quantizers import Quantizer
 

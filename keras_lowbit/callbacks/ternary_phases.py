@@ -8,8 +8,9 @@ from keras import ops
 
 from keras_lowbit.callbacks.norms import reestimate
 from keras_lowbit.callbacks.penalties import attach_penalties, kernels_of
-from keras_lowbit.callbacks.sites import check_switch, checked_count, cooled, half_cosine
+from keras_lowbit.callbacks.sites import check_switch, cooled, half_cosine
 from keras_lowbit.callbacks.switches import add_switches
+from keras_lowbit.checks import checked_count
 from keras_lowbit.quantizers import Ternary
 from keras_lowbit.regularizers import CosineTernaryRegularizer
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import keras
 
-from keras_lowbit.callbacks.sites import check_switch, checked_count, sites_of
+from keras_lowbit.callbacks.sites import check_switch, sites_of
 from keras_lowbit.callbacks.switches import add_switches
+from keras_lowbit.checks import checked_count
 
 # Orders, and the role that waits for the second stage.
 LATER = {"weights_first": "activation", "activations_first": "kernel"}

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_lowbit.checks import checked_count
+
 
 def crop_flip(images: Any, top: Any, left: Any, flipped: Any, pad: int) -> Any:
     """Pad with zeros, crop each image to its old size at its own place, mirror some.
@@ -53,9 +55,7 @@ class RandomCropFlip(keras.layers.Layer):
 
     def __init__(self, pad: int = 4, flip: bool = True, seed: int = 0, **kwargs):
         super().__init__(**kwargs)
-        if pad < 0:
-            raise ValueError(f"RandomCropFlip: pad must be 0 or more pixels. Got {pad}")
-        self.pad = pad
+        self.pad = checked_count(pad, who="RandomCropFlip: pad, in pixels,", least=0)
         self.flip = flip
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)

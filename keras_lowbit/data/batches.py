@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_lowbit.checks import checked_count
 from keras_lowbit.data.mixing import cut_out, mix_up
 
 
@@ -29,8 +30,10 @@ class Batches(keras.utils.PyDataset):
                 f"{type(self).__name__}: x and y must have one common length above 0. "
                 f"Got {len(x)} and {len(y)}"
             )
-        _check_whole(type(self).__name__, "batch_size", batch_size, 1)
-        self.x, self.y, self.batch_size = x, np.asarray(y), batch_size
+        self.batch_size = checked_count(
+            batch_size, who=f"{type(self).__name__}: batch_size", least=1
+        )
+        self.x, self.y = x, np.asarray(y)
 
     def __len__(self):
         return -(-len(self.x) // self.batch_size)
@@ -86,8 +89,8 @@ class AugmentedBatches(Batches):
         mixup: float = 0.0,
     ):
         super().__init__(x, y, batch_size)
-        _check_whole("AugmentedBatches", "pad, in pixels,", pad, 0)
-        _check_whole("AugmentedBatches", "cutout, in pixels,", cutout, 0)
+        self.pad = checked_count(pad, who="AugmentedBatches: pad, in pixels,", least=0)
+        self.cutout = checked_count(cutout, who="AugmentedBatches: cutout, in pixels,", least=0)
         if not mixup >= 0:
             raise ValueError(f"AugmentedBatches: mixup must be 0 or more. Got {mixup}")
         if mixup and self.y.ndim != 2:
@@ -100,9 +103,8 @@ class AugmentedBatches(Batches):
                 f"AugmentedBatches: {len(x)} images make no batch of {batch_size}. "
                 "Take a smaller batch_size or drop_remainder=False"
             )
-        self.seed, self.flip, self.pad = seed, flip, pad
+        self.seed, self.flip, self.mixup = seed, flip, mixup
         self.drop_remainder = drop_remainder
-        self.cutout, self.mixup = cutout, mixup
         self.epoch = 0
         self._order = (-1, np.empty(0, int))
         self._positions: dict[int, int] | None = None
@@ -161,12 +163,6 @@ class AugmentedBatches(Batches):
 
     def _set_epoch(self, epoch: int, logs: Any = None):
         self.epoch = epoch
-
-
-def _check_whole(who, name, value, least):
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ValueError(f"{who}: {name} must be a whole number of {least} or more. Got {value!r}")
 
 
 def crop_flip_numpy(

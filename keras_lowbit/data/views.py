@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from keras_lowbit.checks import checked_count
+
 
 def zoomed_views(
     images: np.ndarray, copies: int, *, zoom: float = 0.6, flip: bool = True, seed: int = 0
@@ -33,8 +35,7 @@ def zoomed_views(
     images = np.asarray(images)
     if images.ndim != 4:
         raise ValueError(f"zoomed_views: images must be (n, h, w, c). Got shape {images.shape}")
-    if isinstance(copies, bool) or not isinstance(copies, int) or copies < 0:
-        raise ValueError(f"zoomed_views: copies must be a whole number from 0. Got {copies!r}")
+    copies = checked_count(copies, who="zoomed_views: copies", least=0)
     if not 0 < zoom <= 1:
         raise ValueError(f"zoomed_views: zoom must lie above 0 and up to 1. Got {zoom!r}")
     count, height, width, _ = images.shape

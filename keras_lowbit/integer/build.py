@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_lowbit import walk
+from keras_lowbit.checks import checked_count
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.lower import Lowering
 from keras_lowbit.integer.values import NotExportable, OnGrid, Probabilities
@@ -21,12 +22,6 @@ def check_choice(argument, given, allowed):
     """Raise `ValueError` unless `given` is one of `allowed`."""
     if given not in allowed:
         raise ValueError(f"{argument} must be one of {allowed}. Got {given!r}")
-
-
-def check_batch(batch):
-    """Raise `ValueError` unless `batch` is a number of images."""
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch must be a whole number of at least 1. Got {batch!r}")
 
 
 def integer_graph(
@@ -61,7 +56,7 @@ def integer_graph(
     check_choice("weights", weights, WEIGHTS)
     if input_type is not None:
         check_choice("input_type", input_type, TYPES)
-    check_batch(batch)
+    batch = checked_count(batch, who="batch", least=1)
     program = walk.flatten(model)
     lowering = Lowering(program, batch, weights, preprocessing=_pixels(preprocessing, program))
     outputs = lowering.run()

@@ -14,7 +14,7 @@ import keras
 
 from keras_lowbit.callbacks import Resume, norms
 from keras_lowbit.callbacks.resume import forget_initial_epoch
-from keras_lowbit.callbacks.sites import checked_count
+from keras_lowbit.checks import checked_count
 from keras_lowbit.training import files, stages
 from keras_lowbit.training.plan import Stage, StagePlan, Visit, visits
 

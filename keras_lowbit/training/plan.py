@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from keras_lowbit.checks import checked_count
+
 FLOAT = 32
 MAX_BITS = 8
 
@@ -42,11 +44,13 @@ class Stage:
             )
         for field in ("kernel_bits", "activation_bits"):
             object.__setattr__(self, field, _checked_bits(getattr(self, field), field, self.name))
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
-            raise ValueError(
-                f"Stage {self.name}: epochs must be a whole number of at least 1. "
-                f"Got {self.epochs!r}. Leave out a stage that shall not train"
-            )
+        epochs = checked_count(
+            self.epochs,
+            who=f"Stage {self.name}: epochs",
+            least=1,
+            advice="Leave out a stage that shall not train",
+        )
+        object.__setattr__(self, "epochs", epochs)
         rate = self.learning_rate
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1e6:
             raise ValueError(f"Stage {self.name}: learning_rate must be above 0. Got {rate!r}")

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 import keras
 import numpy as np
 
+from keras_lowbit.checks import checked_count
+
 INFINITE = -1  # what `cardinality` of an endless `tf.data.Dataset` gives
 
 
@@ -33,8 +35,8 @@ class Batches:
     """
 
     def __init__(self, program, images, batch_size, steps=None):
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps must be a whole number of at least 1. Got {steps!r}")
+        if steps is not None:
+            steps = checked_count(steps, who="steps", least=1)
         self.program = program
         arrays = self._arrays(images)
         if arrays is not None:

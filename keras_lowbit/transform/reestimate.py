@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit import walk
+from keras_lowbit.checks import checked_count
 from keras_lowbit.numerics import backend
 from keras_lowbit.progress import track
 from keras_lowbit.transform.batches import checked_batches
@@ -43,8 +44,8 @@ def reestimate_batchnorm(model, data, *, steps=None, batch_size=32) -> keras.Mod
         ValueError: no data, NaN, shapes that are not the model's, `steps` below 1. The model is
             then as it was.
     """
-    if steps is not None and steps < 1:
-        raise ValueError(f"reestimate_batchnorm: steps must be 1 or more, or None. Got {steps}")
+    if steps is not None:
+        steps = checked_count(steps, who="reestimate_batchnorm: steps", least=1)
     program = walk.flatten(model)
     norms = {id(c.operation): c.operation for c in program.calls if _learns_statistics(c)}
     if not norms:

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.checks import checked_count
 from keras_lowbit.progress import table, track
 from keras_lowbit.quantizers.base import checked_choice
 from keras_lowbit.transform.batches import checked_batches
@@ -127,7 +128,9 @@ def reconstruct(
         rounding offsets; the float model's own stream is the input that quantization is mixed
         with; no Fisher weights.
     """
-    _check(steps, batch_size, drop, memory)
+    steps = checked_count(steps, who="reconstruct: steps", least=1)
+    batch_size = checked_count(batch_size, who="reconstruct: batch_size", least=1)
+    _check(drop, memory)
     checked_choice("reconstruct", "rounding", rounding, ROUNDINGS)
     quantized, floating = programs.pair(model, float_model)
     missing = uncalibrated(model)
@@ -157,10 +160,7 @@ def reconstruct(
     return result
 
 
-def _check(steps, batch_size, drop, memory):
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"reconstruct: {name} must be a whole number from 1. Got {value!r}")
+def _check(drop, memory):
     if not 0 <= drop <= 1:
         raise ValueError(f"reconstruct: drop must lie in 0..1. Got {drop!r}")
     if not memory > 0:

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.callbacks.adam_reset import AdamResetCosine
+from keras_lowbit.checks import checked_count
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.numerics import uniform
@@ -106,7 +107,11 @@ def tune_thresholds(
         Goncharenko et al., ICANN 2019 (arXiv:1812.07872). Loss: the text's; `"smooth_l1"` is that
         of the authors' code.
     """
-    _check(loss, epochs, pointwise_epochs)
+    epochs = checked_count(epochs, who="tune_thresholds: epochs", least=0)
+    pointwise_epochs = checked_count(
+        pointwise_epochs, who="tune_thresholds: pointwise_epochs", least=0
+    )
+    _check(loss, epochs + pointwise_epochs)
     quantized, floating = programs.pair(model, float_model)
     missing = uncalibrated(model)
     if missing:
@@ -154,13 +159,10 @@ def tune_thresholds(
     return Tuning(before, after, tuple(history))
 
 
-def _check(loss, epochs, pointwise_epochs):
+def _check(loss, total):
     if loss not in LOSSES:
         raise ValueError(f"tune_thresholds: loss must be one of {tuple(LOSSES)}. Got {loss!r}")
-    for name, value in (("epochs", epochs), ("pointwise_epochs", pointwise_epochs)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"tune_thresholds: {name} must be a whole number. Got {value!r}")
-    if not epochs + pointwise_epochs:
+    if not total:
         raise ValueError("tune_thresholds: epochs and pointwise_epochs are both 0")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import keras
-import numpy as np
 
 from keras_lowbit.callbacks.sites import quantizers_of
+from keras_lowbit.checks import checked_count
 from keras_lowbit.layers import Dequantize, Quantize, QuantizedDense
 from keras_lowbit.transform.copies import set_weights
 from keras_lowbit.transform.kernels import fit_kernels
@@ -24,9 +24,11 @@ def with_input_shape(model: keras.Model, shape) -> keras.Model:
         ValueError: the channels differ, or a layer does not fit the size.
     """
     before = tuple(model.input_shape[1:])
-    if not isinstance(shape, (tuple, list)) or not all(_whole(n) for n in shape):
+    if not isinstance(shape, (tuple, list)):
         raise ValueError(f"input_shape is height, width and channels in pixels. Got {shape!r}")
-    shape = tuple(shape)
+    shape = tuple(
+        checked_count(n, who=f"input_shape={shape!r}: each of its numbers", least=1) for n in shape
+    )
     if shape == before:
         return model
     if len(shape) != 3 or shape[-1] != before[-1]:
@@ -63,21 +65,15 @@ def with_classes(model: keras.Model, classes: int) -> keras.Model:
     Raises:
         ValueError: fewer than 1 class, or the model does not end in a quantized dense layer.
     """
-    if not _whole(classes):
-        raise ValueError(f"classes must be a whole number of 1 or more. Got {classes!r}")
+    classes = checked_count(classes, who="classes", least=1)
     head, after = _head(model)
-    renamed = {"name": f"{head.name}_{classes}", "units": int(classes)}
+    renamed = {"name": f"{head.name}_{classes}", "units": classes}
     x = _again(head, renamed)(list(head.input))
     for layer in after:
         x = _again(layer, {"name": f"{layer.name}_{classes}"})(x)
     adapted = keras.Model(model.inputs, x, name=model.name)
     fit_kernels(adapted.get_layer(renamed["name"]))
     return adapted
-
-
-def _whole(number):
-    whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
-    return whole and number >= 1
 
 
 def _again(layer, changes):

@@ -116,7 +116,7 @@ def test_a_shared_layer_averages_over_its_calls():
     ("data", "steps", "message"),
     [
         (X[:0], None, "No images"),
-        (X, 0, "steps must be 1 or more"),
+        (X, 0, "steps must be a whole number of at least 1. Got 0"),
         (np.zeros((2, 3), "float32"), None, "must have shape"),
         (X * np.nan, None, "NaN"),
     ],

@@ -176,7 +176,8 @@ def test_a_saved_model_computes_the_same(name, tmp_path):
         ("resnet20", {"alpha": 2}, "Unknown option of resnet20 'alpha'"),
         ("mnasnet_b1", {"alpha": 0}, "alpha, the width multiplier, must be positive. Got 0"),
         ("mnasnet_b1", {"alpha": float("nan")}, "must be positive. Got nan"),
-        ("resnet18", {"classes": 0}, "classes must be a whole number, 1 or more. Got 0"),
+        ("resnet8", {"classes": True}, "classes must be a whole number of at least 1. Got True"),
+        ("resnet18", {"classes": 0}, "classes must be a whole number of at least 1. Got 0"),
         ("resnet18", {"input_shape": (32, 32)}, r"\(height, width, channels\).* Got \(32, 32\)"),
         ("resnet18", {"input_shape": (32, 32, 1)}, r"takes RGB images .*Got \(32, 32, 1\)"),
         ("alexnet_bn", {"input_shape": (62, 80, 3)}, "images of 63 pixels a side or more"),
@@ -187,6 +188,11 @@ def test_a_saved_model_computes_the_same(name, tmp_path):
 def test_what_cannot_be_built_is_said(name, options, told):
     with pytest.raises(ValueError, match=told):
         zoo.build(name, **options)
+
+
+@pytest.mark.once
+def test_classes_may_be_counted_by_numpy():
+    assert zoo.build("resnet8", classes=np.max([1, 2]) + 1).output_shape == (None, 3)
 
 
 # --- ImageNet weights of keras.applications -----------------------------------------------------

@@ -241,11 +241,11 @@ def test_as_many_classes_of_ones_own_get_a_fresh_head_too(release, shelf):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classes": "3"}, "classes must be a whole number of 1 or more. Got '3'"),
+        ({"classes": "3"}, "classes must be a whole number of at least 1. Got '3'"),
         ({"classes": True}, "classes must be a whole number"),
         ({"classes": 3.7}, "classes must be a whole number"),
         ({"input_shape": 48}, "input_shape is height, width and channels in pixels. Got 48"),
-        ({"input_shape": (48.5, 48, 3)}, "input_shape is height, width and channels"),
+        ({"input_shape": (48.5, 48, 3)}, "each of its numbers must be a whole number"),
     ],
 )
 def test_shapes_and_classes_that_are_no_whole_numbers_are_refused(release, shelf, options, message):

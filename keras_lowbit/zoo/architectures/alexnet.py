@@ -50,7 +50,7 @@ def alexnet_bn(
         Krizhevsky, One weird trick for parallelizing convolutional neural networks, 2014,
         arXiv:1404.5997; Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167.
     """
-    image, small = image_input(input_shape, classes, alpha, small)
+    image, small = image_input(input_shape, alpha, small)
     least = 8 if small else 63
     if min(image.shape[1:3]) < least:
         raise ValueError(

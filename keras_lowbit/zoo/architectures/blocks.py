@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 import keras
 
+from keras_lowbit.checks import checked_count
+
 K = keras.layers
 # Images of at most this many pixels a side get an architecture's small variant.
 SMALL_PIXELS = 64
 
 
-def image_input(input_shape, classes, alpha, small):
+def image_input(input_shape, alpha, small):
     """The model's input and whether to build the small variant.
 
     Args:
         input_shape: height, width, channels.
-        classes: number of logits.
         alpha: width multiplier.
         small: `None` decides by the longer side: small up to 64 pixels.
 
@@ -29,8 +30,6 @@ def image_input(input_shape, classes, alpha, small):
         raise ValueError(
             f"input_shape must be (height, width, channels), whole and positive. Got {input_shape}"
         )
-    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
-        raise ValueError(f"classes must be a whole number, 1 or more. Got {classes!r}")
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha, the width multiplier, must be positive. Got {alpha!r}")
     if small is None:
@@ -177,10 +176,14 @@ def pooled(x):
 
 
 def with_top(image, features, classes, name, *, include_top, dropout=0.0):
-    """The model that ends in logits, or in what its head would read."""
+    """The model that ends in logits, or in what its head would read.
+
+    Raises:
+        ValueError: fewer than 1 class.
+    """
     x = features
     if include_top:
         if dropout:
             x = K.Dropout(dropout, name="dropout")(x)
-        x = K.Dense(classes, name="logits")(x)
+        x = K.Dense(checked_count(classes, who="classes", least=1), name="logits")(x)
     return keras.Model(image, x, name=name)

@@ -108,7 +108,7 @@ def mnasnet_a1(
 
 
 def _mnasnet(name, stages, input_shape, classes, alpha, include_top, small, dropout):
-    image, small = image_input(input_shape, classes, alpha, small)
+    image, small = image_input(input_shape, alpha, small)
     x = rescaled(image)
     x = UNITS.conv(x, scaled(32, alpha), 3, "stem", strides=1 if small else 2)
     number = 0

@@ -46,7 +46,7 @@ def mobilenet_v1(
         Howard et al., MobileNets, 2017, arXiv:1704.04861, table 1; its last "s2" is a stride of
         1, as the sizes in the same table ask for.
     """
-    image, small = image_input(input_shape, classes, alpha, small)
+    image, small = image_input(input_shape, alpha, small)
     x = rescaled(image)
     x = UNITS.conv(x, scaled(32, alpha), 3, "stem", strides=1 if small else 2)
     for i, (filters, strides) in enumerate(BLOCKS, 1):

@@ -51,7 +51,7 @@ def mobilenet_v2(
         Sandler et al., MobileNetV2: Inverted Residuals and Linear Bottlenecks, CVPR 2018,
         arXiv:1801.04381, table 2.
     """
-    image, small = image_input(input_shape, classes, alpha, small)
+    image, small = image_input(input_shape, alpha, small)
     x = rescaled(image)
     x = UNITS.conv(x, scaled(32, alpha), 3, "stem", strides=1 if small else 2)
     number = 0

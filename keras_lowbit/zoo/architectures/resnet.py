@@ -72,7 +72,7 @@ def resnet50(
 
 
 def _resnet(name, block, repeats, input_shape, classes, alpha, include_top, small):
-    image, small = image_input(input_shape, classes, alpha, small)
+    image, small = image_input(input_shape, alpha, small)
     if image.shape[-1] != 3:
         raise ValueError(f"{name} takes RGB images (height, width, 3). Got {tuple(input_shape)}")
     x = K.Normalization(

@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.checks import checked_count
+
 K = keras.layers
 # Mean and deviation of ImageNet's channels, on which the public CIFAR weights were trained.
 PIXEL_MEAN = tuple(255.0 * m for m in (0.485, 0.456, 0.406))
@@ -43,7 +45,7 @@ def resnet8(input_shape=(32, 32, 3), classes=10, include_top=True) -> keras.Mode
         x = K.ReLU(name=f"block{i}_relu2")(x)
     x = K.GlobalAveragePooling2D(name="pool")(x)
     if include_top:
-        x = K.Dense(classes, name="logits")(x)
+        x = K.Dense(checked_count(classes, who="classes", least=1), name="logits")(x)
     return keras.Model(inputs, x, name="resnet8")
 
 
@@ -88,7 +90,7 @@ def _resnet(blocks, name, input_shape, classes, include_top) -> keras.Model:
             x = _basic_block(x, filters, strides, f"layer{group}_{block}")
     x = K.GlobalAveragePooling2D(name="pool")(x)
     if include_top:
-        x = K.Dense(classes, name="linear")(x)
+        x = K.Dense(checked_count(classes, who="classes", least=1), name="linear")(x)
     return keras.Model(inputs, x, name=name)
 
 

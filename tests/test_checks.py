@@ -1,0 +1,43 @@
+import re
+
+import numpy as np
+import pytest
+
+from keras_lowbit.callbacks import BitDescent, ChannelBalanceDecay, CyclicPrecision
+from keras_lowbit.checks import checked_count
+from keras_lowbit.training import Stage
+
+pytestmark = pytest.mark.once
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)])
+def test_whole_numbers_come_back_as_ints(value):
+    found = checked_count(value, who="x", least=3)
+    assert found == 3
+    assert type(found) is int
+
+
+@pytest.mark.parametrize(
+    "value", [2, np.int32(2), True, np.bool_(True), 3.0, np.float32(3), "3", None, [3], np.array(3)]
+)
+def test_all_else_is_refused_by_name(value):
+    said = f"ScaleGuard: every must be a whole number of at least 3. Got {value!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        checked_count(value, who="ScaleGuard: every", least=3)
+
+
+def test_the_error_ends_with_the_advice():
+    with pytest.raises(ValueError, match=r"Got 0\. Leave it out$"):
+        checked_count(0, who="x", least=1, advice="Leave it out")
+
+
+def test_numbers_of_numpy_are_kept_as_ints_by_who_took_them():
+    three = np.int64(3)
+    cyclic = CyclicPrecision(np.int64(2), three, np.int64(1), three)
+    kept = [
+        ChannelBalanceDecay(three).epochs,
+        Stage("a", 4, 4, three, 0.1).epochs,
+        *(n for pair in BitDescent({three: three}).plan.items() for n in pair),
+        *(cyclic.low, cyclic.high, cyclic.cycles, cyclic.epochs),
+    ]
+    assert {type(n) for n in kept} == {int}
