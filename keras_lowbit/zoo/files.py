@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
-import tempfile
 import urllib.error
 import urllib.request
+import uuid
 from pathlib import Path
 
 from keras_lowbit.zoo import registry
@@ -77,18 +78,18 @@ def _download(source):
 
 
 def _put(content, path):
-    temporary = None
+    # Not of `tempfile`, whose files only their owner may read: a cache may be shared.
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         reason = os.strerror(error.errno or errno.EIO)
         raise OSError(
             error.errno, f"{reason}; choose another folder (cache=, or {CACHE_VARIABLE})", str(path)
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path

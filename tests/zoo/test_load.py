@@ -152,6 +152,24 @@ def test_a_wrong_download_is_not_kept(shelf, tmp_path):
 
 
 @pytest.mark.once
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_a_download_has_the_usual_mode_for_those_who_share_the_cache(
+    release, shelf, tmp_path, umask, mode
+):
+    server = tmp_path / "server"
+    server.mkdir()
+    (server / "tiny_w4a4.keras").write_bytes(release[1])
+    before = os.umask(umask)
+    try:
+        kept = files.find(registry.info("tiny_w4a4"), url=server.as_uri())
+    finally:
+        os.umask(before)
+    assert kept.stat().st_mode & 0o777 == mode
+    assert [path.name for path in kept.parent.iterdir()] == ["tiny_w4a4.keras"]
+
+
+@pytest.mark.once
 def test_a_cache_that_cannot_be_written_is_named(release, shelf, tmp_path):
     _, content, _ = release
     server = tmp_path / "server"
