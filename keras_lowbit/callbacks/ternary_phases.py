@@ -68,6 +68,10 @@ class TernaryPhases(keras.callbacks.Callback):
     Everything but the weights follows from the epoch alone, so a run that resumes goes on as if
     never killed. Training that ends in phase P leaves a model that an exporter refuses.
 
+    Lambda is 0 between epochs and after training: a later `fit` without this callback, and files
+    that callbacks behind this one write, have no penalty. A `fit` that ends in an exception or by
+    the keyboard leaves the lambda of its epoch: call `on_train_end()`.
+
     Args:
         switch_epoch: the first epoch of phase T; 0 for no phase P.
         data: images for `reestimate_batchnorm`; `None` leaves the statistics.
@@ -158,12 +162,19 @@ class TernaryPhases(keras.callbacks.Callback):
                 reestimate(self.model, self.data, self.steps, self.batch_size)
 
     def on_epoch_end(self, epoch, logs=None):
-        """Log the cosines."""
+        """Log the cosines, and end the pull."""
+        self.on_train_end()
         if logs is None:
             return
         cosines = self.cosines()
         logs["ternary_cosine"] = float(np.mean(list(cosines.values())))
         logs.update({f"ternary_cosine/{name}": value for name, value in cosines.items()})
+
+    def on_train_end(self, logs=None):
+        """Leave a model without the pull."""
+        _ = self.model  # On JAX this hands the step's state back, so that variables can move.
+        for kernel in self._kernels.values():
+            kernel.quantizer.pull.assign(0.0)
 
     def cosines(self) -> dict[str, float]:
         """Mean cosine over the filters of each ternary kernel, by layer name."""

@@ -95,6 +95,60 @@ def test_the_pull_raises_the_cosine_and_nothing_pulls_without_it():
     assert reached[30.0][4] > reached[30.0][0]
 
 
+def test_the_pull_ends_with_its_fit_and_comes_back_with_the_next():
+    quantized, phases, watch = model(), TernaryPhases(1, strength=2.0), Watch()
+    tiny.train(quantized, [phases, watch], epochs=2)
+    tiny.train(quantized, [watch], epochs=1)
+    tiny.train(quantized, [phases, watch], epochs=4, initial_epoch=2)
+    assert [pull for _, pull, _ in watch.seen] == [2.0, 0.2, 0.0, 0.2, 0.2]
+
+
+def test_the_loss_of_a_later_fit_is_that_of_a_model_without_a_pull():
+    quantized = model()
+    quantized.optimizer.learning_rate.assign(0.0)
+    x, y = tiny.images(8)
+    tiny.train(quantized, [TernaryPhases(0, strength=30.0, keep=1.0)], epochs=1, n=8)
+    loss = tiny.train(quantized, [], epochs=1, n=8).history["loss"]
+    entropy = keras.losses.sparse_categorical_crossentropy(
+        y, quantized(x, training=True), from_logits=True
+    )
+    # float32 noise of sums in another order
+    np.testing.assert_allclose(loss, numpy(ops.mean(entropy)), rtol=1e-5)
+
+
+def test_what_is_saved_or_kept_amid_training_brings_no_pull_back(tmp_path):
+    quantized = model()
+    file = str(tmp_path / "best.weights.h5")
+    behind = [
+        keras.callbacks.ModelCheckpoint(file, save_weights_only=True),
+        keras.callbacks.EarlyStopping("loss", restore_best_weights=True),
+    ]
+    tiny.train(quantized, [TernaryPhases(0), *behind], epochs=2)
+    pull = quantized.get_layer("middle").kernel_quantizer.pull
+    assert float(numpy(pull)) == 0
+    quantized.load_weights(file)
+    assert float(numpy(pull)) == 0
+
+
+def test_training_that_stops_early_or_is_interrupted_ends_the_pull_too():
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = True
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            raise KeyboardInterrupt
+
+    quantized, phases = model(), TernaryPhases(0)
+    pull = quantized.get_layer("middle").kernel_quantizer.pull
+    tiny.train(quantized, [phases, Stop()], epochs=3)
+    assert float(numpy(pull)) == 0
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(quantized, [phases, Interrupt()], epochs=3)
+    phases.on_train_end()
+    assert float(numpy(pull)) == 0
+
+
 def test_batch_norms_are_new_at_the_switch():
     quantized, x = model(), tiny.images()[0]
     norm = quantized.get_layer("bn2")
@@ -127,7 +181,7 @@ def test_a_ternary_model_survives_files_and_freezing(tmp_path):
     quantized.save(tmp_path / "m.keras")
     again = keras.models.load_model(tmp_path / "m.keras")
     kernels = [m.get_layer("middle").kernel_quantizer for m in (quantized, again)]
-    assert [float(numpy(q.pull)) for q in kernels] == [pytest.approx(0.1)] * 2
+    assert [float(numpy(q.pull)) for q in kernels] == [0.0] * 2
     assert [float(numpy(q.temperature)) for q in kernels] == [0.25] * 2
     x = tiny.images()[0]
     np.testing.assert_array_equal(*(m.predict(x, verbose=0) for m in (quantized, again)))
