@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 
 from keras_lowbit.callbacks.bit_descent import BitDescent
-from keras_lowbit.callbacks.norms import graphs_of, reestimate
+from keras_lowbit.callbacks.norms import graphs_of, kept, reestimate
 from keras_lowbit.checks import checked_count
 
 
@@ -22,7 +22,8 @@ class BatchNormReestimation(keras.callbacks.Callback):
     undoes the freeze.
 
     Args:
-        data: what trains the model, as for `reestimate_batchnorm`: the same augmented batches.
+        data: what trains the model, as for `reestimate_batchnorm`: the same augmented batches. Of
+            an iterator (a generator) the first `steps` batches are read once and kept.
         steps: batches to use; `None` for all.
         every: after every so many epochs; `None` for never.
         at_end: after the last epoch, also where training stops early.
@@ -107,5 +108,6 @@ class BatchNormReestimation(keras.callbacks.Callback):
             self._reestimate()
 
     def _reestimate(self):
+        self.data = kept(self.data, self.steps)
         reestimate(self.model, self.data, self.steps, self.batch_size)
         self._stale = False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
+
 import keras
 
 from keras_lowbit.callbacks.sites import sites_of
@@ -24,6 +27,22 @@ def graphs_of(model: keras.Model) -> list[keras.Model]:
 def has_graph(model: keras.Model) -> bool:
     """Whether a model is functional or Sequential."""
     return isinstance(model, keras.Sequential) or bool(getattr(model, "inputs", None))
+
+
+def kept(data, steps: int | None):
+    """`data` that may be gone through again: of an iterator, a list of the batches in use.
+
+    Args:
+        data: as for `transform.reestimate_batchnorm`.
+        steps: batches in use; `None` for all.
+    """
+    if not isinstance(data, Iterator):
+        return data
+    # A list of bare arrays would be one batch of a model with several inputs.
+    return [
+        batch if isinstance(batch, (list, tuple, Mapping)) else (batch,)
+        for batch in itertools.islice(data, steps)
+    ]
 
 
 def reestimate(model: keras.Model, data, steps: int | None, batch_size: int) -> None:

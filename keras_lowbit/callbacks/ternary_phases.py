@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.callbacks.norms import reestimate
+from keras_lowbit.callbacks.norms import kept, reestimate
 from keras_lowbit.callbacks.penalties import attach_penalties, kernels_of
 from keras_lowbit.callbacks.sites import check_switch, cooled, half_cosine
 from keras_lowbit.callbacks.switches import add_switches
@@ -74,7 +74,8 @@ class TernaryPhases(keras.callbacks.Callback):
 
     Args:
         switch_epoch: the first epoch of phase T; 0 for no phase P.
-        data: images for `reestimate_batchnorm`; `None` leaves the statistics.
+        data: images for `reestimate_batchnorm`; `None` leaves the statistics. Batches of an
+            iterator are kept, for a second `fit`.
         strength: largest lambda.
         keep: share of it in phase T.
         temperature: first and last, in units of the threshold.
@@ -159,6 +160,7 @@ class TernaryPhases(keras.callbacks.Callback):
                 cosines = ", ".join(f"{k} {v:.3f}" for k, v in self.cosines().items())
                 print(f"Epoch {epoch + 1}: ternary from here. Cosines: {cosines}")
             if self.data is not None:
+                self.data = kept(self.data, self.steps)
                 reestimate(self.model, self.data, self.steps, self.batch_size)
 
     def on_epoch_end(self, epoch, logs=None):

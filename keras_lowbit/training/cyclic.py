@@ -152,7 +152,8 @@ class CyclicTraining:
             optimizer: makes a new optimizer for each stage.
             compile_options: arguments of `compile`, such as loss and metrics.
             callbacks: makes the callbacks of a stage.
-            batch_norm_data: images for batch norms; `None` for `x`.
+            batch_norm_data: images for batch norms; `None` for `x`. Of an iterator the first
+                `reestimate_batches` batches are kept.
             directory: where log and snapshots lie, one for each training: `stages.json`,
                 `epochs.json`. `None`: nothing is kept.
             verbose: as in `fit`; above 0 also prints each stage.
@@ -169,6 +170,8 @@ class CyclicTraining:
         if (self.monitor or "").startswith("val_") and not validated:
             raise ValueError(f"CyclicTraining.fit: {self.monitor} needs validation_data")
         stages.prepare(model, [visit.stage for visit in self.visits])
+        if self.reestimate_batches:
+            batch_norm_data = norms.kept(batch_norm_data, self.reestimate_batches)
         made: list = []
 
         def train(visit, folder, resume):

@@ -65,6 +65,43 @@ def test_every_and_at_end_say_when_and_validation_comes_after(calls):
     assert calls == [at(1, 3), at(3, 3), at(4, 3)]
 
 
+@pytest.mark.parametrize("form", ["images", "images and classes", "by name"])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_batches_of_a_generator_serve_every_time(form, steps):
+    """With a rate of 0 the weights rest, so statistics after each epoch are those of one array."""
+    x, y = tiny.images(24 if steps is None else 16)
+    batch_of = {
+        "images": lambda i: x[i : i + 8],
+        "images and classes": lambda i: (x[i : i + 8], y[i : i + 8]),
+        "by name": lambda i: {model.inputs[0].name: x[i : i + 8]},
+    }[form]
+    model, alone = tiny.model(), tiny.model(compiled=False)
+    alone.set_weights(model.get_weights())
+    model.optimizer.learning_rate.assign(0.0)
+    record = Record()
+    batches = (batch_of(i) for i in range(0, len(x), 8))
+    callback = BatchNormReestimation(batches, steps, every=1)
+    tiny.train(model, [callback, record], epochs=2)
+    tiny.train(model, [callback, record], epochs=1)
+    reestimate_batchnorm(alone, x, batch_size=8)
+    assert len(record.means) == 3
+    for mean in record.means:
+        np.testing.assert_array_equal(mean, statistics(alone))
+
+
+def test_of_a_generator_without_end_only_what_is_used_is_read():
+    x, read = tiny.images()[0], []
+
+    def endless():
+        while True:
+            read.append(len(read))
+            yield x[:8] + len(read)
+
+    callback = BatchNormReestimation(endless(), 2, every=1)
+    tiny.train(tiny.model(), [callback], epochs=3)
+    assert read == [0, 1]
+
+
 def test_at_end_runs_once_and_also_after_an_early_stop(calls):
     callback = BatchNormReestimation(tiny.images()[0])
     tiny.train(dense(), [Where(), callback], epochs=2)

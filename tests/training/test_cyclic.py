@@ -105,6 +105,15 @@ def test_batch_norms_are_fresh_at_the_entry_of_a_stage():
     assert np.abs(log[0][1]["mean"]).max() < 5
 
 
+def test_batches_of_a_generator_serve_the_batch_norms_of_every_stage():
+    x, _ = tiny.images()
+    plan = StagePlan(tuple(Stage(f"w{b}", b, 4, 1, 1e-3) for b in (4, 3, 2)))
+    batches = (x[i : i + 8] for i in (0, 8, 16))
+    model = tiny.model("w2a4", compiled=False)
+    result = train(model, CyclicTraining(plan, 1), batch_norm_data=batches)
+    assert len(result.rows) == 3
+
+
 def killed(**arguments):
     """Run the job in a process of its own, which dies."""
     done = subprocess.run(
