@@ -30,7 +30,8 @@ class AdamResetCosine(keras.callbacks.Callback):
 
     Raises:
         ValueError: arguments out of range; when training starts, an optimizer whose learning rate
-            is a schedule.
+            is a schedule, or a model compiled with `steps_per_execution` above 1, where steps share
+            a rate.
 
     Reference:
         Goncharenko et al., Fast Adjustable Threshold, arXiv:1812.07872: cosine annealing with
@@ -60,6 +61,11 @@ class AdamResetCosine(keras.callbacks.Callback):
             raise ValueError(
                 "AdamResetCosine sets the learning rate itself: compile with a number, not a "
                 f"schedule. Got {type(rate).__name__}"
+            )
+        if self.model.steps_per_execution != 1:
+            raise ValueError(
+                "AdamResetCosine sets the rate of every step: compile with steps_per_execution=1. "
+                f"Got {self.model.steps_per_execution}"
             )
         self.on_train_end()
         self._base, self._step = float(ops.convert_to_numpy(rate)), 0
