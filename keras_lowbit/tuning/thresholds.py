@@ -76,10 +76,10 @@ def tune_thresholds(
 ) -> Tuning:
     """Train the thresholds of a model to its float model's logits, without labels, in place.
 
-    Nothing but the factors `alpha` and `shift` of `Threshold` quantizers moves. With
+    Nothing but the factors `alpha` and `shift` of `Threshold` quantizers is trained. With
     `pointwise_epochs` a second phase trains a factor in 0.75..1.25 for every weight and bias
     instead, which is then multiplied in. The best state seen at the end of an epoch is kept, the
-    one before included.
+    one before included; then biases move to the units of the new thresholds (`snap_biases`).
 
     Args:
         model: a calibrated model of `quantize_model`, with
