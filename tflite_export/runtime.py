@@ -72,7 +72,7 @@ class Session:
             content, threads=threads, builtin_kernels=builtin_kernels
         )
         self._inputs = {d["name"]: d for d in self._interpreter.get_input_details()}
-        self._outputs = {d["name"]: d["index"] for d in self._interpreter.get_output_details()}
+        self._outputs = {d["name"]: d for d in self._interpreter.get_output_details()}
 
     @property
     def inputs(self) -> dict[str, np.dtype]:
@@ -83,6 +83,16 @@ class Session:
     def outputs(self) -> tuple[str, ...]:
         """Names of the file's outputs."""
         return tuple(self._outputs)
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the file's inputs by name, its own batch in front."""
+        return _shapes(self._inputs)
+
+    @property
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Likewise of its outputs."""
+        return _shapes(self._outputs)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by tensor name; see `run`."""
@@ -97,8 +107,8 @@ class Session:
                     self._inputs[name]["index"], array[start : start + batch]
                 )
             self._interpreter.invoke()
-            for name, index in self._outputs.items():
-                collected[name].append(self._interpreter.get_tensor(index))
+            for name, detail in self._outputs.items():
+                collected[name].append(self._interpreter.get_tensor(detail["index"]))
         return {name: np.concatenate(parts) for name, parts in collected.items()}
 
 
@@ -124,11 +134,15 @@ def run(
     return Session(content, threads=threads, builtin_kernels=builtin_kernels).run(inputs)
 
 
+def _shapes(details):
+    return {name: tuple(int(n) for n in detail["shape"]) for name, detail in details.items()}
+
+
 def _batches(details, arrays):
     """Batch of the file, and how many of them the arrays hold."""
-    counts = set()
+    counts, shapes = set(), _shapes(details)
     for name, detail in details.items():
-        array, shape = arrays[name], tuple(int(n) for n in detail["shape"])
+        array, shape = arrays[name], shapes[name]
         fits = array.shape[1:] == shape[1:] and array.dtype == detail["dtype"]
         if not fits or not len(array) or len(array) % shape[0]:
             raise ValueError(

@@ -18,6 +18,7 @@ from keras_lowbit.progress import table
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform import calibrate, quantize_model
 from keras_lowbit.transform.calibrate import uncalibrated
+from tflite_export import runtime
 
 FAILED = 1
 
@@ -71,12 +72,12 @@ def evaluate(name: str, flags) -> int:
     _required(flags, "data")
     path = Path(name)
     if path.suffix == ".tflite":
-        content = files.read_tflite(path)
+        session, shape = _opened(path)
         kind = ".tflite"
-        dataset = files.load_data(flags.data, _file_shape(path, content), name)
+        dataset = files.load_data(flags.data, shape, name)
         x, y = _test_images(dataset, flags.images)
-        measure.check_classes(path, measure.file_classes(content), dataset)
-        answers = measure.file_answers(content, x, f"run {path.name}")
+        measure.check_classes(path, measure.file_classes(session), dataset)
+        answers = measure.file_answers(session, x, f"run {path.name}")
     else:
         model = files.load_model(path)
         kind = files.kind(model)
@@ -188,9 +189,12 @@ def _test_images(dataset, count):
     return (dataset.x_test if not count else dataset.x_test[:end]), dataset.y_test[:end]
 
 
-def _file_shape(path, content):
+def _opened(path):
+    """A `.tflite` ready to run, and the shape of its images."""
+    content = files.read_tflite(path)
     try:
-        return measure.file_shape(content)
+        session = runtime.Session(content)
+        return session, measure.file_shape(session)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

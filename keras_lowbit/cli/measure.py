@@ -53,21 +53,20 @@ def _without_xla(model):
         model.jit_compile = before
 
 
-def file_answers(content: bytes, x, what: str = "run the file") -> np.ndarray:
+def file_answers(session: runtime.Session, x, what: str = "run the file") -> np.ndarray:
     """Class with the largest output of a `.tflite`, for each image, by running the file.
 
     Raises:
         ValueError: several inputs or outputs, one output value only, images of another size, or
             reals for a file that takes pixels.
     """
-    session = runtime.Session(content)
     if len(session.inputs) != 1 or len(session.outputs) != 1:
         raise ValueError(
             f"Accuracy needs one input and one output. The file has {list(session.inputs)} and "
             f"{list(session.outputs)}"
         )
     ((name, dtype),) = session.inputs.items()
-    batch, *shape = _input_shape(content)
+    batch, *shape = _input_shape(session)
     if tuple(shape) != tuple(x.shape[1:]):
         given, wanted = ("x".join(map(str, s)) for s in (x.shape[1:], shape))
         raise ValueError(f"The images have {given} pixels; the file takes {wanted}")
@@ -79,13 +78,13 @@ def file_answers(content: bytes, x, what: str = "run the file") -> np.ndarray:
     return np.concatenate(answers)
 
 
-def file_shape(content: bytes) -> tuple[int, ...]:
+def file_shape(session: runtime.Session) -> tuple[int, ...]:
     """Height, width and channels that a `.tflite` takes.
 
     Raises:
-        ValueError: the runtime refuses the file, or it takes no single batch of images.
+        ValueError: it takes no single batch of images.
     """
-    _, *shape = _input_shape(content)
+    _, *shape = _input_shape(session)
     return tuple(shape)
 
 
@@ -97,14 +96,13 @@ def check_classes(what, outputs: int, dataset) -> None:
         )
 
 
-def file_classes(content: bytes) -> int:
+def file_classes(session: runtime.Session) -> int:
     """Values of a `.tflite`'s first output, along its last axis."""
-    return int(runtime.open_interpreter(content).get_output_details()[0]["shape"][-1])
+    return next(iter(session.output_shapes.values()))[-1]
 
 
-def _input_shape(content):
-    details = runtime.open_interpreter(content).get_input_details()
-    shapes = [tuple(int(n) for n in detail["shape"]) for detail in details]
+def _input_shape(session):
+    shapes = list(session.input_shapes.values())
     if len(shapes) != 1 or len(shapes[0]) != 4:
         raise ValueError(f"the file must take one batch of images. Its inputs are {shapes}")
     return shapes[0]
@@ -112,7 +110,7 @@ def _input_shape(content):
 
 def file_accuracy(content: bytes, x, y) -> float:
     """Share of right answers of a `.tflite`, by running the file."""
-    return float((file_answers(content, x) == np.asarray(y)).mean())
+    return float((file_answers(runtime.Session(content), x) == np.asarray(y)).mean())
 
 
 def as_input(images: np.ndarray, dtype) -> np.ndarray:

@@ -30,6 +30,7 @@ from keras_lowbit.transform import (
     snap_levels,
 )
 from keras_lowbit.tuning import reconstruct
+from tflite_export import runtime
 
 
 def run_recipe(
@@ -289,7 +290,8 @@ class _Run:
             path = self.out / f"model_{weights}.tflite"
 
             def of_file(weights=weights, path=path):
-                said = measure.file_answers(path.read_bytes(), x, f"run {path.name}")
+                session = runtime.Session(path.read_bytes())
+                said = measure.file_answers(session, x, f"run {path.name}")
                 if "quantized" not in answers:
                     answers["quantized"] = measure.keras_answers(models["quantized"], x)
                 if "float" not in answers:

@@ -11,7 +11,7 @@ import tflite_export
 from keras_lowbit import freeze, zoo
 from keras_lowbit.cli import files, recipe
 from keras_lowbit_cli import commands
-from tflite_export import targets
+from tflite_export import runtime, targets
 
 pytestmark = pytest.mark.runtime
 RELEASED = "resnet8_cifar10_w4a4"
@@ -46,6 +46,18 @@ def test_evaluate_counts_the_same_right_answers_through_file_and_frozen_model(ru
     assert rows[0] == rows[1]
     assert rows[0][1] == "60"
     assert re.fullmatch(r"\d+\.\d\d% \(\d+\.\d\d\.\.\d+\.\d\d\)", rows[0][2])
+
+
+def test_evaluate_opens_a_file_once(run, made, monkeypatch):
+    opened, real = [], runtime.open_interpreter
+
+    def counted(content, **options):
+        opened.append(len(content))
+        return real(content, **options)
+
+    monkeypatch.setattr(runtime, "open_interpreter", counted)
+    assert run("evaluate", made / "w4a4.tflite", "--data", "digits", "--images", 20).code == 0
+    assert opened == [(made / "w4a4.tflite").stat().st_size]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("float.keras", "float"), ("w4a4.keras", "quantized")])

@@ -5,6 +5,7 @@ import pytest
 import tflite_export
 from keras_lowbit import data
 from keras_lowbit.cli import measure
+from tflite_export import runtime
 
 
 @pytest.mark.once
@@ -69,14 +70,18 @@ def test_a_keras_model_sees_batches_of_one_size_only(backend, batch_size):
 def test_a_file_gives_the_same_answers_for_every_input_type_and_batch(made, input_type, batch):
     model = keras.models.load_model(made / "w4a4.keras", compile=False)
     x = data.load("digits").x_test[:33]
-    wanted = measure.file_answers(tflite_export.convert(model).content, x)
-    content = tflite_export.convert(model, input_type=input_type, batch=batch).content
-    np.testing.assert_array_equal(measure.file_answers(content, x), wanted)
+
+    def answers(**options):
+        session = runtime.Session(tflite_export.convert(model, **options).content)
+        return measure.file_answers(session, x)
+
+    wanted = answers()
+    np.testing.assert_array_equal(answers(input_type=input_type, batch=batch), wanted)
     assert len(set(wanted.tolist())) > 1
 
 
 @pytest.mark.runtime
 def test_images_of_another_size_are_refused(made):
-    content = (made / "w4a4.tflite").read_bytes()
+    session = runtime.Session((made / "w4a4.tflite").read_bytes())
     with pytest.raises(ValueError, match="The images have 9x9x1 pixels; the file takes 8x8x1"):
-        measure.file_answers(content, np.zeros((2, 9, 9, 1), "uint8"))
+        measure.file_answers(session, np.zeros((2, 9, 9, 1), "uint8"))
