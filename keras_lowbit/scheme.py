@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from keras_lowbit.numerics.grid import check_bits
+from keras_lowbit.numerics.grid import MAGNITUDE_BITS, check_bits
 
 _SHORT = re.compile(r"w(?P<kernel>\d+|t)a(?P<activation>\d+)")
 TERNARY, TERNARY_BITS = "ternary", 2
@@ -22,8 +22,8 @@ _LEVELS = "levels"
 _FEW_LEVELS, _BESIDE = (TERNARY, _LEVELS), "lsq"
 # Arguments of quantizers that a scheme gives itself.
 _DECIDED = ("bits", "role", "axis", "signed", "target_bits")
-# Bits that a kernel's quantizer takes, where fewer than 8.
-_LARGEST = {"dorefa": 7}
+# Bits that a kernel's quantizer takes, where fewer than 8: DoReFa's are those of a magnitude.
+_LARGEST = {"dorefa": MAGNITUDE_BITS}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from keras import ops
 from keras_lowbit.numerics import backend
 
 MAX_BITS = 16
+# Of a magnitude that int8 holds beside its sign: 2^7 - 1 = 127.
+MAGNITUDE_BITS = 7
 ROLES = ("kernel", "activation")
 
 

@@ -7,10 +7,9 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.numerics import ranges, uniform
-from keras_lowbit.numerics.grid import MAX_BITS, check_bits, code_bounds
+from keras_lowbit.numerics.grid import MAGNITUDE_BITS, MAX_BITS, check_bits, code_bounds
 from keras_lowbit.quantizers.base import PACKAGE, Quantizer
 
-LARGEST_KERNEL_BITS = 7
 _TINY = 1e-12
 
 
@@ -55,7 +54,7 @@ class DoReFa(Quantizer):
 
     breaks = frozenset({"idempotent"})
 
-    def __init__(self, bits=7, *, clip=None, axis=None, **kwargs):
+    def __init__(self, bits=MAGNITUDE_BITS, *, clip=None, axis=None, **kwargs):
         super().__init__(bits, **kwargs)
         self._check_kernel_bits(self._initial_bits)
         if clip is not None and not clip > 0:
@@ -71,12 +70,12 @@ class DoReFa(Quantizer):
     @property
     def largest_bits(self) -> int:
         """Bits that `set_bits` takes at most."""
-        return LARGEST_KERNEL_BITS if self.role == "kernel" else MAX_BITS
+        return MAGNITUDE_BITS if self.role == "kernel" else MAX_BITS
 
     def _check_kernel_bits(self, bits):
         if bits > self.largest_bits:
             raise ValueError(
-                f"DoReFa kernels take 1 to {LARGEST_KERNEL_BITS} bits: codes reach 2^bits - 1, "
+                f"DoReFa kernels take 1 to {MAGNITUDE_BITS} bits: codes reach 2^bits - 1, "
                 f"which int8 must hold. Got {bits}. Use fewer bits, or 'lsq' for this layer"
             )
 
