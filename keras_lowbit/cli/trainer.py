@@ -47,7 +47,8 @@ def run_recipe(
 
     Writes `model.keras` (latents included), `float.keras` where the float model was trained,
     `model_<weights>.tflite`, `history.csv` and `metrics.json`. Started again with the same folder,
-    a killed run goes on where it was and keeps the stages that are finished.
+    a killed run goes on where it was and keeps the stages that are finished. A model whose file is
+    gone is trained again, and what was made of it is made again.
 
     The images set aside by `data.holdout` are measured after each epoch; the test images are
     looked at once, when everything is done.
@@ -118,6 +119,14 @@ class Stages:
             files.write_json(self.found, self.path)
         return done[name]
 
+    def forget_from(self, name: str) -> None:
+        """Drop the results of a model, `"float"` or `"model"`, and of all that was made of it."""
+        done = self.found["done"]
+        kept = {key: done[key] for key in ("float",) if key != name and key in done}
+        if kept != done:
+            self.found["done"] = kept
+            files.write_json(self.found, self.path)
+
 
 @dataclasses.dataclass
 class _Run:
@@ -177,6 +186,8 @@ class _Run:
         # The entry and the file: a file alone may be of a run that was cut short.
         if name in self.stages.found["done"] and path.is_file():
             return files.load_model(path)
+        # Before it is trained: a run that is cut short must not find the results of the last one.
+        self.stages.forget_from(name)
         if model is None:
             model = quantized(teacher, self.recipe, self.chosen)
         backup = self.out / f"backup_{name}"

@@ -1,5 +1,6 @@
 """`keras-lowbit train`: results, resuming, and what a folder protects."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -106,6 +107,38 @@ def test_a_finished_run_is_left_as_it_is(run, recipe, tmp_path, contents, monkey
     monkeypatch.setattr("keras_lowbit.cli.trainer.fit", lambda *a, **k: pytest.fail("trains"))
     assert run("train", path, "--out", out, "--epochs=1").code == 0
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("gone", ["float.keras", "model.keras"])
+def test_results_of_a_model_that_is_gone_are_not_those_of_the_next(
+    run, recipe, tmp_path, monkeypatch, gone
+):
+    out = tmp_path / "out"
+    path = recipe(pretrain={"epochs": 1, "xla": "off"}, train={"epochs": 1})
+    assert run("train", path, "--out", out).code == 0
+    before = json.loads((out / "stages.json").read_text())["done"]
+    # As if the first run had made another model: results that the next one must not take over.
+    stages = json.loads((out / "stages.json").read_text())
+    for name in ("accuracy_quantized", "accuracy_frozen", "accuracy_int8"):
+        stages["done"][name]["right"] = -1
+    (out / "stages.json").write_text(json.dumps(stages))
+    (out / "model_int8.tflite").write_bytes(b"of another model")
+    (out / gone).unlink()
+    known = []
+
+    def watched(*arguments, **options):
+        known.append(set(json.loads((out / "stages.json").read_text())["done"]))
+        return fitting.fit(*arguments, **options)
+
+    monkeypatch.setattr("keras_lowbit.cli.trainer.fit", watched)
+    assert run("train", path, "--out", out).code == 0
+    assert known == ([set(), {"float"}] if gone == "float.keras" else [{"float"}])
+    after = json.loads((out / "stages.json").read_text())["done"]
+    for name in ("accuracy_float", "accuracy_quantized", "accuracy_frozen", "accuracy_int8"):
+        assert after[name] == before[name]
+    assert after["file_int8"] == before["file_int8"]
+    content = (out / "model_int8.tflite").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == after["file_int8"]["sha256"]
 
 
 def test_a_folder_of_another_recipe_is_refused_and_untouched(run, recipe, tmp_path, contents):
