@@ -113,9 +113,12 @@ def how(recipe) -> str:
     train, blocks = recipe["train"], recipe.get("reconstruct", {"steps": 0})
     parts = []
     if blocks["steps"]:
+        counts = {blocks["steps"], *blocks.get("block_steps", {}).values()}
+        steps = " to ".join(map(str, sorted({min(counts), max(counts)})))
         parts.append(
-            f"block reconstruction without labels, {blocks['steps']} steps of "
+            f"block reconstruction without labels, {steps} steps of "
             f"{blocks['batch_size']} images a block"
+            + (", kernels rounded to data" if blocks.get("rounding") == "data" else "")
             + (f", {blocks['views']} random views of each" if blocks.get("views") else "")
             + (", ranges of channels levelled first" if recipe["model"].get("rescale") else "")
         )

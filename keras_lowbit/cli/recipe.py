@@ -81,7 +81,8 @@ class Quantize:
 class Reconstruct:
     """Block reconstruction before `[train]`, without labels (`tuning.reconstruct`).
 
-    `steps` for each block, 0 for none; `batch_size` images a step; `drop`: share of elements that
+    `steps` for each block, 0 for none, and `block_steps` for those whose names match a pattern
+    (`{ "block[0-3]_*" = 100 }`); `batch_size` images a step; `drop`: share of elements that
     stay real meanwhile; `images`: the first so many training images, 0 for all; `views`: random
     views of each beside it, windows of at least the share `zoom` of both sides
     (`data.zoomed_views`); `rounding`: `"nearest"` or `"data"`, where kernels start; `memory`:
@@ -89,6 +90,7 @@ class Reconstruct:
     """
 
     steps: int = 0
+    block_steps: dict[str, int] = field(default_factory=dict)
     batch_size: int = 20
     drop: float = 0.5
     images: int = 0
@@ -328,6 +330,11 @@ def checked(recipe: Recipe, path: str) -> Recipe:
     if not 0 < recipe.reconstruct.memory < math.inf:
         raise ValueError(
             f"{path} [reconstruct]: memory must be positive. Got {recipe.reconstruct.memory}"
+        )
+    if any(n < 1 for n in recipe.reconstruct.block_steps.values()):
+        raise ValueError(
+            f"{path} [reconstruct]: block_steps must be at least 1. "
+            f"Got {recipe.reconstruct.block_steps}"
         )
     if recipe.reconstruct.steps and scheme is None:
         raise ValueError(f"{path} [reconstruct]: needs a [quantize] scheme")

@@ -232,6 +232,7 @@ class _Run:
                 images, given.views, zoom=given.zoom, seed=self.recipe.train.seed
             ),
             steps=given.steps,
+            block_steps=given.block_steps,
             batch_size=given.batch_size,
             drop=given.drop,
             rounding=given.rounding,

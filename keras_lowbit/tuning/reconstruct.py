@@ -7,6 +7,7 @@ are dropped likewise. `tuning.variables` says what is trained, in which units.
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from dataclasses import dataclass
 
@@ -72,6 +73,7 @@ def reconstruct(
     images,
     *,
     steps=200,
+    block_steps=None,
     batch_size=20,
     drop=0.5,
     rounding="nearest",
@@ -95,13 +97,15 @@ def reconstruct(
         images: array `(n, ...)`, list of arrays for several inputs, or an iterable of batches; a
             few hundred, kept in memory.
         steps: for each block.
+        block_steps: other numbers for some blocks, by patterns of their names, of which the last
+            that matches counts. A step on large images costs ten times one of a late block.
         batch_size: images a step.
         drop: share of elements that stay real while training (0.5 for few bits; at 8 bits 0 serves
             better), 0..1.
         rounding: where kernels of 2 to 4 bits start: `"nearest"`, as calibrated, or `"data"`, at
             the codes that cost their layers' outputs least (`tuning.rounding`), where that makes
-            the block's error smaller. Early blocks of MobileNetV2 ended nearer at w4a8, the whole
-            net did not on new images (`docs/results.md`): compare both.
+            the block's error smaller and images have positions enough for each input of its
+            kernels: with fewer the codes fit those images and no others.
         blocks: names of layers whose outputs end a block; `None`: found in the graph, residual
             blocks as they are, chains up to their next linear tensor.
         rates: `tuning.Rates`.
@@ -117,7 +121,7 @@ def reconstruct(
     Raises:
         ValueError: models that do not correspond layer by layer, an uncalibrated model, quantizers
             without a scale variable, images that do not fit, a block name that is no cut,
-            arguments out of range, a folder of another run.
+            arguments out of range, a pattern that matches no block, a folder of another run.
         FloatingPointError: a loss that is not finite, with the block's name; the block is then as
             it was.
 
@@ -128,7 +132,7 @@ def reconstruct(
         rounding offsets; the float model's own stream is the input that quantization is mixed
         with; no Fisher weights.
     """
-    steps = checked_count(steps, who="reconstruct: steps", least=1)
+    each = _Steps(steps, block_steps)
     batch_size = checked_count(batch_size, who="reconstruct: batch_size", least=1)
     _check(drop, memory)
     checked_choice("reconstruct", "rounding", rounding, ROUNDINGS)
@@ -138,13 +142,14 @@ def reconstruct(
         raise ValueError(f"Calibrate the model first: {missing[:3]} have seen no data")
     quantized, floating = programs.logits(quantized), programs.logits(floating)
     found = find_blocks(quantized, floating, blocks)
+    counts = each.of([block.name for block in found])
     batches = checked_batches(quantized, images, batch_size)
     inputs = [streams.Given(np.concatenate(column)) for column in zip(*batches, strict=True)]
     rates = Rates() if rates is None else rates
     if jit_compile is None:
         jit_compile = keras.backend.backend() == "jax"
     settings = {
-        "steps": steps,
+        "steps": counts,
         "batch_size": batch_size,
         "drop": drop,
         "rounding": rounding,
@@ -154,7 +159,7 @@ def reconstruct(
     }
     kept = Folder.open(folder, settings, float_model, model, [i.array for i in inputs])
     budget = memory / _STREAMS
-    runner = _Runner(steps, batch_size, drop, rounding, rates, budget, seed, jit_compile, kept)
+    runner = _Runner(counts, batch_size, drop, rounding, rates, budget, seed, jit_compile, kept)
     result = runner.run(found, inputs)
     snap_biases(model)
     return result
@@ -165,6 +170,30 @@ def _check(drop, memory):
         raise ValueError(f"reconstruct: drop must lie in 0..1. Got {drop!r}")
     if not memory > 0:
         raise ValueError(f"reconstruct: memory must be positive, in bytes. Got {memory!r}")
+
+
+class _Steps:
+    """How many steps blocks get."""
+
+    def __init__(self, steps, by_pattern):
+        self.steps = checked_count(steps, who="reconstruct: steps", least=1)
+        self.by_pattern = {
+            str(pattern): checked_count(n, who=f"reconstruct: block_steps[{pattern!r}]", least=1)
+            for pattern, n in dict(by_pattern or {}).items()
+        }
+
+    def of(self, names):
+        """The number of each block, in order."""
+        counts = dict.fromkeys(names, self.steps)
+        for pattern, n in self.by_pattern.items():
+            matching = fnmatch.filter(names, pattern)
+            if not matching:
+                raise ValueError(
+                    f"reconstruct: block_steps has {pattern!r}, which matches no block. "
+                    f"Blocks: {list(names)}"
+                )
+            counts.update(dict.fromkeys(matching, n))
+        return list(counts.values())
 
 
 class _Runner:
@@ -179,7 +208,7 @@ class _Runner:
 
     def run(self, found, inputs):
         results = []
-        bar = track(range(len(found) * self.steps), "reconstruct")
+        bar = track(range(sum(self.steps)), "reconstruct")
         quantized = floating = inputs
         try:
             for i, block in enumerate(found):
@@ -218,7 +247,7 @@ class _Runner:
         seconds = 0.0
         if before is None:
             before = self.kept.load(i, model.targets())
-            for _ in range(self.steps):
+            for _ in range(self.steps[i]):
                 next(bar, None)
         else:
             seconds = self.train(i, block, model, quantized, floating, wanted, bar)
@@ -238,7 +267,8 @@ class _Runner:
             return found
 
         before = error()
-        if self.rounding == "data":
+        rows = len(quantized[0])
+        if self.rounding == "data" and data_rounding.is_covered(block, rows):
             held = [(v, np.array(ops.convert_to_numpy(v))) for v in data_rounding.variables(block)]
             seed = _seed(self.seed, i)
             data_rounding.round_block(block, quantized, floating, self.batch_size, seed, self.done)
@@ -253,9 +283,9 @@ class _Runner:
         random = np.random.default_rng(_seed(self.seed, i))
         began = time.monotonic()
         if model.trainable_variables:
-            model.prepare(self.steps, self.jit_compile)
+            model.prepare(self.steps[i], self.jit_compile)
         try:
-            for step in range(self.steps if model.trainable_variables else 0):
+            for step in range(self.steps[i] if model.trainable_variables else 0):
                 rows = random.choice(len(wanted[0]), min(self.batch_size, len(wanted[0])), False)
                 rows.sort()
                 feeds = [stream[rows] for stream in (*quantized, *(floating if model.mix else ()))]

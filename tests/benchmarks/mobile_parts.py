@@ -159,7 +159,12 @@ def _tuning(recipe):
     if tuned["views"]:
         views += f" of {tuned.get('zoom', 0.6)}..1"
     levelled = recipe["model"].get("rescale") or "as they are"
-    return tuned["steps"], views, tuned.get("rounding", "nearest"), levelled
+    start = tuned.get("rounding", "nearest")
+    if start == "data" and "block_steps" not in tuned:
+        start = "data in all blocks"  # before those with few positions kept the nearest codes
+    counts = [tuned["steps"], *tuned.get("block_steps", {}).values()]
+    steps = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else counts[0]
+    return steps, views, start, levelled
 
 
 def _earlier(folder):

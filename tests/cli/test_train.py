@@ -81,7 +81,14 @@ def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monke
     path = recipe(
         model={"fold": True},
         pretrain={"epochs": 1, "xla": "off"},
-        reconstruct={"steps": 3, "batch_size": 8, "images": 32, "views": 1, "memory": 0.25},
+        reconstruct={
+            "steps": 3,
+            "block_steps": {"*": 2},
+            "batch_size": 8,
+            "images": 32,
+            "views": 1,
+            "memory": 0.25,
+        },
         train={"epochs": 0},
     )
     outcome = run("train", path, "--out", out)

@@ -100,6 +100,23 @@ def test_the_same_seed_gives_the_same_model_and_a_killed_run_goes_on(tmp_path, m
         run(quantized(model), model, seed=6, folder=tmp_path, **TWO)
 
 
+def test_blocks_get_the_steps_of_the_last_pattern_that_matches(monkeypatch):
+    model, taken = small(), []
+    step = BlockModel.train_on_batch
+
+    def counting(self, *args, **kwargs):
+        taken.append(self.program.calls[-1].name)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(BlockModel, "train_on_batch", counting)
+    found = run(quantized(model), model, block_steps={"*": 1, "stem_*": 2}, **TWO)
+    assert found.blocks[0].name == "stem_relu"
+    first, *others = dict.fromkeys(taken)
+    assert taken.count(first) == 2
+    assert len(others) == 1
+    assert taken.count(others[0]) == 1
+
+
 def test_streams_that_do_not_fit_give_nearly_the_same_model():
     model = small()
     kept, spilled = quantized(model, "w8a8"), quantized(model, "w8a8")
@@ -149,6 +166,8 @@ class TestRefusals:
         ("options", "match"),
         [
             ({"steps": 0}, "steps must be"),
+            ({"block_steps": {"*": 0}}, r"block_steps\['\*'\] must be"),
+            ({"block_steps": {"haed": 1}}, "'haed', which matches no block"),
             ({"batch_size": 2.5}, "batch_size must be"),
             ({"drop": 1.5}, "drop must lie in 0..1"),
             ({"memory": 0}, "memory must be positive"),

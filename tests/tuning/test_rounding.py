@@ -9,7 +9,7 @@ from keras import ops
 
 import tflite_export
 from keras_lowbit.layers import QuantizedConv2D, QuantizedDense, QuantizedDepthwiseConv2D
-from keras_lowbit.tuning import reconstruct, rounding
+from keras_lowbit.tuning import blocks, programs, reconstruct, rounding
 from tests.tuning.nets import images, mobile, quantized
 
 X = images()
@@ -128,6 +128,27 @@ def test_blocks_start_nearer_and_the_file_stays_exact(norms):
     # 0.60 with norms and less without: seven layers of random weights.
     assert after.blocks[0].after < 0.75 * before.blocks[0].after
     assert tflite_export.convert(data, verify=X[:4]).mismatches == 0
+
+
+@pytest.mark.once
+def test_a_block_needs_thirty_two_positions_for_each_input_of_a_filter():
+    model = mobile(False)
+    programs_ = programs.pair(quantized(model), model)
+    block = blocks.find(*programs_, ["b2_add"])[0]
+    # Its depthwise filters have 9 inputs and 5 x 4 positions an image: 288 take 15 images.
+    assert rounding.is_covered(block, 15)
+    assert not rounding.is_covered(block, 14)
+
+
+def test_a_block_with_few_positions_keeps_the_nearest_codes(monkeypatch):
+    monkeypatch.setattr(rounding, "COVERAGE", 54)  # 480 positions for 9 inputs are 53
+    model = mobile(False, seed=2)
+    low, other = quantized(model), quantized(model)
+    options = {"steps": 1, "batch_size": 8, "blocks": ["b2_add"]}
+    reconstruct(low, model, X, rounding="data", **options)
+    reconstruct(other, model, X, **options)
+    for one, two in zip(low.variables, other.variables, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(one), ops.convert_to_numpy(two))
 
 
 def test_a_start_that_makes_a_block_worse_is_taken_back(monkeypatch):
