@@ -8,7 +8,7 @@ from keras import ops
 from keras_lowbit.callbacks.adam_reset import AdamResetCosine
 
 
-def fit(callback, steps=4, rate=0.1, optimizer=None, **options):
+def fit(callback, steps=4, rate=0.1, optimizer=None):
     """Weight after each of `steps` steps of loss `w * x`, gradients 1, 10, 100, ..."""
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     model.layers[0].set_weights([np.zeros((1, 1))])
@@ -16,7 +16,6 @@ def fit(callback, steps=4, rate=0.1, optimizer=None, **options):
         optimizer or keras.optimizers.Adam(rate, epsilon=1e-12),
         loss=lambda y, p: ops.mean(p),
         jit_compile=keras.backend.backend() == "jax",
-        **options,
     )
     x = 10.0 ** np.arange(steps, dtype="float32")[:, None]
     model.fit(x, x, batch_size=1, shuffle=False, verbose=0, callbacks=[callback])
@@ -59,8 +58,11 @@ def test_what_makes_no_sense_is_refused():
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 5)
     with pytest.raises(ValueError, match="sets the learning rate itself"):
         fit(AdamResetCosine(), optimizer=keras.optimizers.Adam(schedule))
+    model, callback = keras.Sequential([keras.layers.Dense(1)]), AdamResetCosine()
+    model.compile("adam", "mse", steps_per_execution=2)  # PyTorch refuses it in `fit` itself
+    callback.set_model(model)
     with pytest.raises(ValueError, match=r"compile with steps_per_execution=1\. Got 2"):
-        fit(AdamResetCosine(), steps_per_execution=2)
+        callback.on_train_begin()
 
 
 def test_a_run_that_goes_on_has_the_rates_of_an_unbroken_one():
