@@ -13,6 +13,8 @@ from typing import Any
 
 import keras
 
+from keras_lowbit.numerics import backend
+
 
 @dataclass(frozen=True)
 class Ref:
@@ -214,3 +216,13 @@ def run(
             if last[ref.index] == i and ref.index not in kept:
                 values.pop(ref.index, None)
     return {index: values[index] for index in kept}
+
+
+def forward(
+    program: Program,
+    feeds: Iterable[Any],
+    execute: Callable[[Call, tuple, dict], Any] = infer,
+) -> dict[int, Any]:
+    """`run` where nobody will ask for a gradient."""
+    with backend.without_gradients():
+        return run(program, feeds, execute)

@@ -167,3 +167,16 @@ def test_inputs_are_named_after_their_layers():
     one, two = keras.Input((4,)), keras.Input((4,), name="two")
     model = keras.Model([one, two], K.Add()([K.ReLU()(one), two]))
     assert walk.flatten(model).input_names == ("input_layer_1", "two")
+
+
+def test_a_forward_pass_keeps_nothing_for_gradients():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(3)(inputs))
+    program = walk.flatten(model)
+    x = np.ones((2, 4), "float32")
+    values = walk.forward(program, [ops.convert_to_tensor(x)])
+    (found,) = values.values()
+    assert not getattr(found, "requires_grad", False)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(found), ops.convert_to_numpy(model(x, training=False))
+    )

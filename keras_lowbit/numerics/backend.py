@@ -36,6 +36,14 @@ def unscoped():
     return _fast("unscoped") or contextlib.nullcontext()
 
 
+def without_gradients():
+    """A context in which no gradient will be asked for.
+
+    PyTorch keeps what a backward pass would need unless told so: all activations of a batch.
+    """
+    return _fast("without_gradients") or contextlib.nullcontext()
+
+
 def compiled(function):
     """`function` of tensors as one graph, on TensorFlow alone: several times as fast as eagerly.
 

@@ -63,6 +63,10 @@ def _covers(*tensors):
     )
 
 
+def without_gradients():
+    """Nothing is kept outside of a tape."""
+
+
 def unscoped():
     """See `numerics.backend`."""
     return tf.name_scope("")

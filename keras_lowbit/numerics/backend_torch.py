@@ -37,6 +37,11 @@ def _transformed():
     return ask is None or ask()
 
 
+def without_gradients():
+    """Nothing is kept for a backward pass."""
+    return torch.no_grad()
+
+
 def unscoped():
     """Always `None`: variables have no other names."""
     return None

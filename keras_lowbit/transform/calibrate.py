@@ -62,7 +62,7 @@ def calibrate(
                 ops.convert_to_tensor(a.astype(ref.dtype))
                 for a, ref in zip(batch, program.inputs, strict=True)
             ]
-            walk.run(program, feeds, walk.infer)
+            walk.forward(program, feeds)
     for quantizer, x in reservoir.collected():
         quantizer.fit_scale(x, method)
     return snap_biases(model)

@@ -67,7 +67,7 @@ def correct_biases(model, float_model, images):
         variable.assign(ops.convert_to_numpy(variable) + shift)
         return outputs + ops.convert_to_tensor(shift)
 
-    walk.run(program, feeds, execute)
+    walk.forward(program, feeds, execute)
     return snap_biases(model)
 
 
@@ -111,7 +111,7 @@ def _float_means(program, images):
             means[call.name.replace("/", "_")] = _channel_mean(outputs)
         return outputs
 
-    walk.run(program, _feeds(program, batch), execute)
+    walk.forward(program, _feeds(program, batch), execute)
     return means
 
 

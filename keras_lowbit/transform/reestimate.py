@@ -68,7 +68,7 @@ def reestimate_batchnorm(model, data, *, steps=None, batch_size=32) -> keras.Mod
             seen.append((ops.copy(norm.moving_mean), ops.copy(norm.moving_variance)))
             return outputs
 
-        walk.run(program, feeds, execute)
+        walk.forward(program, feeds, execute)
         return seen
 
     with _showing_batches(norms.values()):

@@ -298,7 +298,7 @@ def _largest(program, firsts, batches):
             ops.convert_to_tensor(a.astype(ref.dtype))
             for a, ref in zip(batch, program.inputs, strict=True)
         ]
-        walk.run(program, feeds, execute)
+        walk.forward(program, feeds, execute)
     return found
 
 

@@ -110,5 +110,5 @@ def forward(program: walk.Program, feeds) -> list[np.ndarray]:
         ops.convert_to_tensor(np.asarray(a).astype(ref.dtype))
         for a, ref in zip(feeds, program.inputs, strict=True)
     ]
-    values = walk.run(program, feeds, execute)
+    values = walk.forward(program, feeds, execute)
     return [ops.convert_to_numpy(values[ref.index]) for ref in walk.refs(program.outputs)]

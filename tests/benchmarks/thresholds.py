@@ -1,7 +1,8 @@
 """Trained thresholds on MobileNetV2 1.0 at 224 px, w8a8, without labels: the paper's ladder.
 
     PYTHONPATH=. python tests/benchmarks/thresholds.py --images imagenet.npz \
-        --weights float.weights.h5 [--epochs 6] [--out docs/results/mobilenet_v2_thresholds.json]
+        --weights float.weights.h5 [--epochs 6] [--batch 10] \
+        [--out docs/results/mobilenet_v2_thresholds.json]
 
 `--images` as in `reconstruction.py`. Five rungs: one threshold a kernel, calibrated; the same with
 depthwise kernels rescaled; the same trained; one threshold a filter, calibrated; and trained.
@@ -41,6 +42,7 @@ def main():
     add_arguments(parser)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--pointwise", type=int, default=0, help="epochs for factors of weights")
+    parser.add_argument("--batch", type=int, default=10, help="images a step; 20 take 14 GB")
     parser.add_argument("--calibration", type=int, default=100)
     parser.add_argument("--rungs", nargs="+", default=[name for name, *_ in RUNGS])
     given = parser.parse_args()
@@ -63,10 +65,14 @@ def main():
                     even,
                     epochs=given.epochs,
                     pointwise_epochs=given.pointwise,
-                    batch_size=20,
+                    batch_size=given.batch,
                 )
             )
-            row.update(epochs=given.epochs, distance=[tuning.before, *tuning.history, tuning.after])
+            row.update(
+                epochs=given.epochs,
+                batch=given.batch,
+                distance=[tuning.before, *tuning.history, tuning.after],
+            )
         row.update(measured(made, odd, truth, wanted, verify=4))
         results.append(row)
         print({k: v for k, v in row.items() if k != "distance"}, flush=True)
