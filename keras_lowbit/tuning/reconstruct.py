@@ -105,8 +105,8 @@ def reconstruct(
         rounding: where kernels of 2 to 4 bits start: `"nearest"`, as calibrated, or `"data"`, at
             the codes that cost their layers' outputs least (`tuning.rounding`), where that makes
             the block's error smaller and images have positions enough for each input of its
-            kernels: with fewer the codes fit those images and no others. Blocks of MobileNetV2 end
-            nearer, the whole net at w4a4 does not (`docs/results.md`): compare both.
+            kernels: with fewer the codes fit those images and no others. MobileNetV2 ends nearer at
+            w4a8; at w4a4 its blocks do, and the whole net does not (`docs/results.md`).
         blocks: names of layers whose outputs end a block; `None`: found in the graph, residual
             blocks as they are, chains up to their next linear tensor.
         rates: `tuning.Rates`.

@@ -191,6 +191,7 @@ def thresholds_part(found):
     rows = [
         (
             row["rung"],
+            row.get("epochs", ""),
             f"{row['agreement']:.1%}",
             f"{row['snr_db']:.1f} dB",
             percent(row),
@@ -198,7 +199,7 @@ def thresholds_part(found):
         )
         for row in found
     ]
-    columns = ("w8a8", "agreement", "logit SNR", "accuracy", "wrong codes")
+    columns = ("w8a8", "epochs", "agreement", "logit SNR", "accuracy", "wrong codes")
     return [
         "## Trained thresholds on MobileNetV2, without labels\n",
         "`python tests/benchmarks/thresholds.py --images X.npz --weights FLOAT.weights.h5`",

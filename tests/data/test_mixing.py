@@ -73,7 +73,8 @@ def test_without_them_batches_are_what_they_were():
 
 @pytest.mark.parametrize("options", [{"cutout": -1}, {"mixup": -0.1}, {"mixup": float("nan")}])
 def test_what_is_negative_is_refused(options):
-    with pytest.raises(ValueError, match=rf"{next(iter(options))}.* must be .*(at least 0|0 or more)"):
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=rf"{name}.* must be .*(at least 0|0 or more)"):
         batches(**options)
 
 
