@@ -199,11 +199,13 @@ def thresholds_part(found):
         )
         for row in found
     ]
+    trained = [row["epochs"] for row in found if "epochs" in row]
+    epochs = f"--epochs {trained[0]} " if trained else ""
     columns = ("w8a8", "epochs", "agreement", "logit SNR", "accuracy", "wrong codes")
     return [
         "## Trained thresholds on MobileNetV2, without labels\n",
         "`python tests/benchmarks/thresholds.py --images X.npz --weights FLOAT.weights.h5`",
-        "`--out docs/results/mobilenet_v2_thresholds.json`; images as above.\n",
+        f"`{epochs}--out docs/results/mobilenet_v2_thresholds.json`; images as above.\n",
         table("", columns, rows).strip(),
         "",
     ]
