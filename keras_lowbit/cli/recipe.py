@@ -85,8 +85,9 @@ class Reconstruct:
     (`{ "block[0-3]_*" = 100 }`); `batch_size` images a step; `drop`: share of elements that
     stay real meanwhile; `images`: the first so many training images, 0 for all; `views`: random
     views of each beside it, windows of at least the share `zoom` of both sides
-    (`data.zoomed_views`); `rounding`: `"nearest"` or `"data"`, where kernels start; `memory`:
-    gibibytes for activations.
+    (`data.zoomed_views`); `rounding`: `"nearest"` or `"data"`, where kernels start;
+    `logit_weight`: of the divergence of the logits beside a block's own error; `memory`: gibibytes
+    for activations.
     """
 
     steps: int = 0
@@ -97,6 +98,7 @@ class Reconstruct:
     views: int = 0
     zoom: float = 0.6
     rounding: str = "nearest"
+    logit_weight: float = 0.0
     memory: float = 1.0
 
 
@@ -281,7 +283,14 @@ def checked(recipe: Recipe, path: str) -> Recipe:
         "data": {"holdout": 0, "seed": 0, "size": 0},
         "pretrain": _LEAST,
         "quantize": {"calibration_images": 1, "ends_bits": 0},
-        "reconstruct": {"steps": 0, "batch_size": 1, "drop": 0.0, "images": 0, "views": 0},
+        "reconstruct": {
+            "steps": 0,
+            "batch_size": 1,
+            "drop": 0.0,
+            "images": 0,
+            "views": 0,
+            "logit_weight": 0.0,
+        },
         "train": _LEAST,
         "export": {"verify_images": 0},
     }

@@ -236,6 +236,7 @@ class _Run:
             batch_size=given.batch_size,
             drop=given.drop,
             rounding=given.rounding,
+            logit_weight=given.logit_weight,
             seed=self.recipe.train.seed,
             memory=given.memory * 2**30,
             folder=self.out / "blocks" if self.resume else None,

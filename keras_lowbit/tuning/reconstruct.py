@@ -7,6 +7,7 @@ are dropped likewise. `tuning.variables` says what is trained, in which units.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit import walk
 from keras_lowbit.checks import checked_count
 from keras_lowbit.progress import table, track
 from keras_lowbit.quantizers.base import checked_choice
@@ -23,6 +25,7 @@ from keras_lowbit.transform.calibrate import uncalibrated
 from keras_lowbit.transform.snap_biases import snap_biases
 from keras_lowbit.tuning import block_model, programs, streams
 from keras_lowbit.tuning import rounding as data_rounding
+from keras_lowbit.tuning.behind import Behind, with_logits
 from keras_lowbit.tuning.block_model import BlockModel, Rates
 from keras_lowbit.tuning.blocks import find as find_blocks
 from keras_lowbit.tuning.folder import Folder
@@ -77,6 +80,7 @@ def reconstruct(
     batch_size=20,
     drop=0.5,
     rounding="nearest",
+    logit_weight=0.0,
     blocks=None,
     rates=None,
     folder=None,
@@ -87,9 +91,10 @@ def reconstruct(
     """Tune a calibrated model to its float model, block by block, without labels, in place.
 
     Loss of a block: mean squared error over the variance of the target; of the last block, where
-    it ends in logits `(batch, classes)`: the KL divergence of their softmax. Adam, rates falling to
-    zero along a cosine. Batch norms may be folded or not: they compute with their moving
-    statistics, and their `beta` is trained as the bias that it will be.
+    it ends in logits `(batch, classes)`: the KL divergence of their softmax, of which the other
+    blocks get `logit_weight` times. Adam, rates falling to zero along a cosine. Batch norms may be
+    folded or not: they compute with their moving statistics, and their `beta` is trained as the
+    bias that it will be.
 
     Args:
         model: a calibrated model of `quantize_model`.
@@ -107,6 +112,10 @@ def reconstruct(
             the block's error smaller and images have positions enough for each input of its
             kernels: with fewer the codes fit those images and no others. MobileNetV2 ends nearer at
             w4a8; at w4a4 its blocks do, and the whole net does not (`docs/results.md`).
+        logit_weight: beside its own error, a block's loss gets so much of the KL divergence of the
+            logits that the float model's other blocks make of its output: of two outputs as near
+            to the float model's, the one that the logits feel less is the better. For models that
+            end in logits. A step then costs the float model behind the block too, both ways.
         blocks: names of layers whose outputs end a block; `None`: found in the graph, residual
             blocks as they are, chains up to their next linear tensor.
         rates: `tuning.Rates`.
@@ -131,11 +140,13 @@ def reconstruct(
         ICLR 2021, arXiv:2102.05426 (blocks in order against float outputs), and Wei et al., QDrop,
         ICLR 2022, arXiv:2203.05740 (dropping). Deviations: kernels themselves are trained, not
         rounding offsets; the float model's own stream is the input that quantization is mixed
-        with; no Fisher weights.
+        with; no Fisher weights. `logit_weight`: Liu et al., PD-Quant: Post-Training Quantization
+        Based on Prediction Difference Metric, CVPR 2023, arXiv:2212.07048, which chooses scales of
+        activations by it; here everything in the block is trained with it.
     """
     each = _Steps(steps, block_steps)
     batch_size = checked_count(batch_size, who="reconstruct: batch_size", least=1)
-    _check(drop, memory)
+    _check(drop, memory, logit_weight)
     checked_choice("reconstruct", "rounding", rounding, ROUNDINGS)
     quantized, floating = programs.pair(model, float_model)
     missing = uncalibrated(model)
@@ -144,6 +155,11 @@ def reconstruct(
     quantized, floating = programs.logits(quantized), programs.logits(floating)
     found = find_blocks(quantized, floating, blocks)
     counts = each.of([block.name for block in found])
+    if logit_weight and not _ends_in_logits(floating):
+        raise ValueError(
+            f"reconstruct: logit_weight needs a model with one output (batch, classes). "
+            f"{float_model.name} has {[ref.shape for ref in walk.refs(floating.outputs)]}"
+        )
     batches = checked_batches(quantized, images, batch_size)
     inputs = [streams.Given(np.concatenate(column)) for column in zip(*batches, strict=True)]
     rates = Rates() if rates is None else rates
@@ -154,23 +170,36 @@ def reconstruct(
         "batch_size": batch_size,
         "drop": drop,
         "rounding": rounding,
+        "logit_weight": logit_weight,
         "seed": seed,
         "rates": vars(rates),
         "blocks": [block.name for block in found],
     }
     kept = Folder.open(folder, settings, float_model, model, [i.array for i in inputs])
     budget = memory / _STREAMS
-    runner = _Runner(counts, batch_size, drop, rounding, rates, budget, seed, jit_compile, kept)
+    losses = _Losses(found, floating, logit_weight)
+    runner = _Runner(
+        counts, batch_size, drop, rounding, losses, rates, budget, seed, jit_compile, kept
+    )
     result = runner.run(found, inputs)
     snap_biases(model)
     return result
 
 
-def _check(drop, memory):
+def _check(drop, memory, logit_weight):
     if not 0 <= drop <= 1:
         raise ValueError(f"reconstruct: drop must lie in 0..1. Got {drop!r}")
     if not memory > 0:
         raise ValueError(f"reconstruct: memory must be positive, in bytes. Got {memory!r}")
+    if not 0 <= logit_weight < float("inf"):
+        raise ValueError(
+            f"reconstruct: logit_weight must be finite, 0 or more. Got {logit_weight!r}"
+        )
+
+
+def _ends_in_logits(program):
+    shapes = [ref.shape for ref in walk.refs(program.outputs)]
+    return len(shapes) == 1 and len(shapes[0]) == 2 and (shapes[0][1] or 0) > 1
 
 
 class _Steps:
@@ -197,12 +226,44 @@ class _Steps:
         return list(counts.values())
 
 
+class _Losses:
+    """What each block is trained for.
+
+    Args:
+        blocks: all of the model, in order.
+        floating: the float model's program.
+        logit_weight: as in `reconstruct`.
+    """
+
+    def __init__(self, blocks, floating, logit_weight):
+        self.blocks, self.floating, self.weight = blocks, floating, logit_weight
+        self.by_logits = _ends_in_logits(floating)
+        self.logits = None
+
+    def prepare(self, inputs, batch_size, budget):
+        """The float model's logits of all images, if losses ask for them."""
+        if self.weight:
+            (self.logits,) = streams.propagate(self.floating, inputs, batch_size, budget)
+
+    def of(self, i, variances):
+        """`(loss, further targets, context to train in)` of block `i`."""
+        if i == len(self.blocks) - 1 and self.by_logits:
+            return block_model.divergence, [], contextlib.nullcontext()
+        loss = block_model.squared_error(variances)
+        if not self.weight:
+            return loss, [], contextlib.nullcontext()
+        behind = Behind(self.blocks[i + 1 :])
+        return with_logits(loss, behind, self.weight), [self.logits], behind.fixed()
+
+
 class _Runner:
     """Goes through the blocks with the two streams."""
 
-    def __init__(self, steps, batch_size, drop, rounding, rates, budget, seed, jit_compile, kept):
+    def __init__(
+        self, steps, batch_size, drop, rounding, losses, rates, budget, seed, jit_compile, kept
+    ):
         self.steps, self.batch_size, self.drop = steps, batch_size, drop
-        self.rounding = rounding
+        self.rounding, self.losses = rounding, losses
         self.rates, self.budget, self.seed = rates, budget, seed
         self.jit_compile, self.kept = jit_compile, kept
         self.done: set[int] = set()
@@ -212,10 +273,10 @@ class _Runner:
         bar = track(range(sum(self.steps)), "reconstruct")
         quantized = floating = inputs
         try:
+            self.losses.prepare(inputs, self.batch_size, self.budget)
             for i, block in enumerate(found):
                 wanted = streams.propagate(block.floating, floating, self.batch_size, self.budget)
-                last = i == len(found) - 1
-                result, got = self.block(i, block, quantized, floating, wanted, last, bar)
+                result, got = self.block(i, block, quantized, floating, wanted, bar)
                 results.append(result)
                 spent, quantized, floating = (*quantized, *floating), got, wanted
                 for stream in spent:
@@ -227,12 +288,10 @@ class _Runner:
                 stream.close()
         return Reconstruction(tuple(results))
 
-    def block(self, i, block, quantized, floating, wanted, last, bar):
+    def block(self, i, block, quantized, floating, wanted, bar):
         """The block's result and the quantized streams of its outputs."""
         variances = [max(streams.variance(stream), 1e-12) for stream in wanted]
-        loss = block_model.squared_error(variances)
-        if last and len(wanted) == 1 and wanted[0].array.ndim == 2 and wanted[0].array.shape[1] > 1:
-            loss = block_model.divergence
+        loss, further, context = self.losses.of(i, variances)
         before = None
         if not self.kept.holds(i):
             before = self.start(i, block, quantized, floating, wanted, variances)
@@ -251,7 +310,9 @@ class _Runner:
             for _ in range(self.steps[i]):
                 next(bar, None)
         else:
-            seconds = self.train(i, block, model, quantized, floating, wanted, bar)
+            with context:
+                targets = [*wanted, *further]
+                seconds = self.train(i, block, model, quantized, floating, targets, bar)
             self.kept.save(i, model.targets(), before)
         got = streams.propagate(block.quantized, quantized, self.batch_size, self.budget)
         after = streams.relative_error(wanted, got, variances)
