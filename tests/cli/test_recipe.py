@@ -46,6 +46,7 @@ def test_whole_numbers_are_taken_for_reals(tmp_path):
         ("[train]\nepochs = 2\nwarmup = 2.0", "warmup must be shorter than the 2 epochs"),
         ("[reconstruct]\nsteps = -1", "[reconstruct]: steps must be at least 0. Got -1"),
         ("[reconstruct]\ndrop = 1.5", "[reconstruct]: drop must lie in 0..1. Got 1.5"),
+        ("[reconstruct]\nlogit_weight = inf", "[reconstruct]: logit_weight must be at least 0"),
         ("[reconstruct]\nblock_steps = { a = 0 }", "[reconstruct]: block_steps must be at least 1"),
         ("[reconstruct]\nviews = -1", "[reconstruct]: views must be at least 0. Got -1"),
         ("[reconstruct]\nzoom = 1.5", "[reconstruct]: zoom must lie above 0 and up to 1. Got 1.5"),

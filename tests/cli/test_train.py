@@ -74,7 +74,7 @@ def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monke
     out, seen = tmp_path / "out", []
 
     def watched(model, teacher, images, **given):
-        seen.append((len(images), given["memory"]))
+        seen.append((len(images), given["memory"], given["logit_weight"]))
         return reconstruct(model, teacher, images, **given)
 
     monkeypatch.setattr("keras_lowbit.cli.trainer.reconstruct", watched)
@@ -88,13 +88,14 @@ def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monke
             "images": 32,
             "views": 1,
             "memory": 0.25,
+            "logit_weight": 0.5,
         },
         train={"epochs": 0},
     )
     outcome = run("train", path, "--out", out)
     assert outcome.code == 0, outcome.err
     assert "error before" in outcome.out
-    assert seen == [(64, 2**28)]  # each image and one view of it
+    assert seen == [(64, 2**28, 0.5)]  # each image and one view of it
     assert not (out / "blocks").exists()
     metrics = json.loads((out / "metrics.json").read_text())
     kinds = {type(layer).__name__ for layer in files.load_model(out / "model.keras").layers}
