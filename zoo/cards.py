@@ -122,6 +122,12 @@ def how(recipe) -> str:
             + (f", {blocks['views']} random views of each" if blocks.get("views") else "")
             + (", ranges of channels levelled first" if recipe["model"].get("rescale") else "")
         )
+    whole = recipe.get("refine", {"steps": 0})
+    if whole["steps"]:
+        parts.append(
+            f"distillation of the whole without labels, {whole['steps']} steps of "
+            f"{whole['batch_size']} images"
+        )
     if train["epochs"]:
         parts.append(
             f"{train['epochs']} epochs, batch {train['batch_size']}, rate "

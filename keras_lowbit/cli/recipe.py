@@ -103,6 +103,17 @@ class Reconstruct:
 
 
 @dataclass(frozen=True)
+class Refine:
+    """Distillation of the whole model behind `[reconstruct]`, on its images (`tuning.refine`).
+
+    `steps`, 0 for none, of `batch_size` images.
+    """
+
+    steps: int = 0
+    batch_size: int = 10
+
+
+@dataclass(frozen=True)
 class Train:
     """One `fit`: SGD with momentum, cosine schedule after a linear warm-up of `warmup` epochs.
 
@@ -169,6 +180,7 @@ class Recipe:
     pretrain: Train = Train()
     quantize: Quantize = Quantize()
     reconstruct: Reconstruct = Reconstruct()
+    refine: Refine = Refine()
     train: Train = Train()
     methods: Methods = field(default_factory=Methods)
     export: Export = Export()
@@ -201,6 +213,7 @@ _SECTIONS = {
     "pretrain": Train,
     "quantize": Quantize,
     "reconstruct": Reconstruct,
+    "refine": Refine,
     "train": Train,
     "methods": Methods,
     "export": Export,
@@ -291,6 +304,7 @@ def checked(recipe: Recipe, path: str) -> Recipe:
             "views": 0,
             "logit_weight": 0.0,
         },
+        "refine": {"steps": 0, "batch_size": 1},
         "train": _LEAST,
         "export": {"verify_images": 0},
     }
@@ -345,8 +359,9 @@ def checked(recipe: Recipe, path: str) -> Recipe:
             f"{path} [reconstruct]: block_steps must be at least 1. "
             f"Got {recipe.reconstruct.block_steps}"
         )
-    if recipe.reconstruct.steps and scheme is None:
-        raise ValueError(f"{path} [reconstruct]: needs a [quantize] scheme")
+    for section in ("reconstruct", "refine"):
+        if getattr(recipe, section).steps and scheme is None:
+            raise ValueError(f"{path} [{section}]: needs a [quantize] scheme")
     check_methods(recipe, f"{path} [methods]")
     return recipe
 

@@ -29,7 +29,7 @@ from keras_lowbit.transform import (
     snap_biases,
     snap_levels,
 )
-from keras_lowbit.tuning import reconstruct
+from keras_lowbit.tuning import reconstruct, refine
 from tflite_export import runtime
 
 
@@ -220,29 +220,35 @@ class _Run:
         return model
 
     def _reconstructed(self, model, teacher):
-        """Block by block like the float model, in place, where the recipe says so."""
-        given = self.recipe.reconstruct
-        if not given.steps:
+        """Like the float model block by block, then as a whole, in place, as the recipe says."""
+        given, whole, seed = self.recipe.reconstruct, self.recipe.refine, self.recipe.train.seed
+        if not given.steps and not whole.steps:
             return
         images = np.asarray(self.chosen.x_train[: given.images or None], np.float32)
-        found = reconstruct(
-            model,
-            teacher,
-            datasets.zoomed_views(
-                images, given.views, zoom=given.zoom, seed=self.recipe.train.seed
-            ),
-            steps=given.steps,
-            block_steps=given.block_steps,
-            batch_size=given.batch_size,
-            drop=given.drop,
-            rounding=given.rounding,
-            logit_weight=given.logit_weight,
-            seed=self.recipe.train.seed,
-            memory=given.memory * 2**30,
-            folder=self.out / "blocks" if self.resume else None,
-        )
-        if self.verbose:
-            print(found)
+        images = datasets.zoomed_views(images, given.views, zoom=given.zoom, seed=seed)
+        if given.steps:
+            found = reconstruct(
+                model,
+                teacher,
+                images,
+                steps=given.steps,
+                block_steps=given.block_steps,
+                batch_size=given.batch_size,
+                drop=given.drop,
+                rounding=given.rounding,
+                logit_weight=given.logit_weight,
+                seed=seed,
+                memory=given.memory * 2**30,
+                folder=self.out / "blocks" if self.resume else None,
+            )
+            if self.verbose:
+                print(found)
+        if whole.steps:
+            found = refine(
+                model, teacher, images, steps=whole.steps, batch_size=whole.batch_size, seed=seed
+            )
+            if self.verbose:
+                print(found)
 
     def _history(self, name):
         return self.out / ("history.csv" if name == "model" else "history_float.csv")

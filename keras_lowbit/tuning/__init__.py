@@ -2,6 +2,7 @@
 
 from keras_lowbit.tuning.block_model import Rates
 from keras_lowbit.tuning.reconstruct import BlockResult, Reconstruction, reconstruct
+from keras_lowbit.tuning.refine import refine
 from keras_lowbit.tuning.thresholds import Tuning, tune_thresholds
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "Reconstruction",
     "Tuning",
     "reconstruct",
+    "refine",
     "tune_thresholds",
 ]

@@ -33,6 +33,8 @@ from keras_lowbit.tuning.folder import Folder
 ROUNDINGS = ("nearest", "data")
 # Streams alive at once: the block's two inputs and its target or its outputs.
 _STREAMS = 3
+# Images that the errors of the last block are of: nothing reads its stream.
+_MEASURED = 256
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class BlockResult:
         products: layers with a kernel in it.
         before: relative squared error of its output against the float model's, with the quantized
             stream as input, before the block was trained.
-        after: the same afterwards.
+        after: the same afterwards. Both of the last block: of 256 images at most.
         seconds: time of its steps; 0 for a block that a folder held.
     """
 
@@ -148,11 +150,7 @@ def reconstruct(
     batch_size = checked_count(batch_size, who="reconstruct: batch_size", least=1)
     _check(drop, memory, logit_weight)
     checked_choice("reconstruct", "rounding", rounding, ROUNDINGS)
-    quantized, floating = programs.pair(model, float_model)
-    missing = uncalibrated(model)
-    if missing:
-        raise ValueError(f"Calibrate the model first: {missing[:3]} have seen no data")
-    quantized, floating = programs.logits(quantized), programs.logits(floating)
+    quantized, floating = checked_pair(model, float_model)
     found = find_blocks(quantized, floating, blocks)
     counts = each.of([block.name for block in found])
     if logit_weight and not _ends_in_logits(floating):
@@ -184,6 +182,19 @@ def reconstruct(
     result = runner.run(found, inputs)
     snap_biases(model)
     return result
+
+
+def checked_pair(model, float_model) -> tuple[walk.Program, walk.Program]:
+    """The programs of a calibrated model and of its float model, up to their logits.
+
+    Raises:
+        ValueError: they do not correspond, or the model saw no data.
+    """
+    quantized, floating = programs.pair(model, float_model)
+    missing = uncalibrated(model)
+    if missing:
+        raise ValueError(f"Calibrate the model first: {missing[:3]} have seen no data")
+    return programs.logits(quantized), programs.logits(floating)
 
 
 def _check(drop, memory, logit_weight):
@@ -292,9 +303,12 @@ class _Runner:
         """The block's result and the quantized streams of its outputs."""
         variances = [max(streams.variance(stream), 1e-12) for stream in wanted]
         loss, further, context = self.losses.of(i, variances)
+        told, true = quantized, wanted
+        if i == len(self.losses.blocks) - 1:
+            told, true = ([streams.Given(s[:_MEASURED]) for s in part] for part in (told, true))
         before = None
         if not self.kept.holds(i):
-            before = self.start(i, block, quantized, floating, wanted, variances)
+            before = self.start(i, block, quantized, floating, (told, true), variances)
         model = BlockModel(
             block.quantized,
             loss=loss,
@@ -314,16 +328,20 @@ class _Runner:
                 targets = [*wanted, *further]
                 seconds = self.train(i, block, model, quantized, floating, targets, bar)
             self.kept.save(i, model.targets(), before)
-        got = streams.propagate(block.quantized, quantized, self.batch_size, self.budget)
-        after = streams.relative_error(wanted, got, variances)
+        got = streams.propagate(block.quantized, told, self.batch_size, self.budget)
+        after = streams.relative_error(true, got, variances)
         return BlockResult(block.name, block.products, before, after, seconds), got
 
-    def start(self, i, block, quantized, floating, wanted, variances):
-        """The block's error before anything is done to it; rounds its kernels to data, if asked."""
+    def start(self, i, block, quantized, floating, measured, variances):
+        """The block's error before anything is done to it; rounds its kernels to data, if asked.
+
+        `measured`: inputs and targets that the error is of.
+        """
 
         def error():
-            got = streams.propagate(block.quantized, quantized, self.batch_size, self.budget)
-            found = streams.relative_error(wanted, got, variances)
+            told, true = measured
+            got = streams.propagate(block.quantized, told, self.batch_size, self.budget)
+            found = streams.relative_error(true, got, variances)
             for stream in got:
                 stream.close()
             return found

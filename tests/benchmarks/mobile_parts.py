@@ -149,7 +149,7 @@ def recipes_part(folder):
 
 
 # Columns of how a recipe tunes.
-TUNING = ("steps a block", "views", "start", "logits", "channels")
+TUNING = ("steps a block", "views", "start", "logits", "channels", "steps as a whole")
 
 
 def _tuning(recipe):
@@ -164,7 +164,8 @@ def _tuning(recipe):
         start = "data in all blocks"  # before those with few positions kept the nearest codes
     counts = [tuned["steps"], *tuned.get("block_steps", {}).values()]
     steps = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else counts[0]
-    return steps, views, start, tuned.get("logit_weight", 0.0), levelled
+    whole = recipe.get("refine", {}).get("steps", 0)
+    return steps, views, start, tuned.get("logit_weight", 0.0), levelled, whole
 
 
 def _earlier(folder):

@@ -14,7 +14,7 @@ from keras import ops
 from keras_lowbit.callbacks import Resume
 from keras_lowbit.cli import files, fitting
 from keras_lowbit.cli.recipe import Train
-from keras_lowbit.tuning import reconstruct
+from keras_lowbit.tuning import reconstruct, refine
 
 pytestmark = pytest.mark.runtime
 
@@ -77,7 +77,12 @@ def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monke
         seen.append((len(images), given["memory"], given["logit_weight"]))
         return reconstruct(model, teacher, images, **given)
 
+    def watched_whole(model, teacher, images, **given):
+        seen.append((len(images), given["steps"], given["batch_size"]))
+        return refine(model, teacher, images, **given)
+
     monkeypatch.setattr("keras_lowbit.cli.trainer.reconstruct", watched)
+    monkeypatch.setattr("keras_lowbit.cli.trainer.refine", watched_whole)
     path = recipe(
         model={"fold": True},
         pretrain={"epochs": 1, "xla": "off"},
@@ -90,12 +95,13 @@ def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monke
             "memory": 0.25,
             "logit_weight": 0.5,
         },
+        refine={"steps": 2, "batch_size": 8},
         train={"epochs": 0},
     )
     outcome = run("train", path, "--out", out)
     assert outcome.code == 0, outcome.err
     assert "error before" in outcome.out
-    assert seen == [(64, 2**28, 0.5)]  # each image and one view of it
+    assert seen == [(64, 2**28, 0.5), (64, 2, 8)]  # each image and one view of it
     assert not (out / "blocks").exists()
     metrics = json.loads((out / "metrics.json").read_text())
     kinds = {type(layer).__name__ for layer in files.load_model(out / "model.keras").layers}

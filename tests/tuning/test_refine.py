@@ -1,0 +1,68 @@
+"""`refine`: latents start in the middle of their codes, and the logits come nearer."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+import tflite_export
+from keras_lowbit.transform.quantize_model import quantize_model
+from keras_lowbit.tuning import Rates, refine
+from keras_lowbit.tuning.block_model import BlockModel, divergence
+from tests.tuning.nets import images, mobile, quantized, small
+
+X = images()
+
+
+def outputs(model):
+    return ops.convert_to_numpy(model(X))
+
+
+def test_kernels_start_in_the_middle_of_their_codes(monkeypatch):
+    model = small()
+    low = quantized(model)
+    kernel, quantizer = low.get_layer("stem").kernel, low.get_layer("stem").kernel_quantizer
+    scale = ops.convert_to_numpy(quantizer.scale)
+    codes = np.round(ops.convert_to_numpy(kernel) / scale)
+    near = codes + np.where(codes > 0, -0.49, 0.49)  # all near a border, none over it
+    kernel.assign(near * scale)
+    before, started = outputs(low), []
+
+    def stopped(self, *args):
+        for state in self.states:
+            if hasattr(state, "codes_variable") and state.latent is kernel:
+                started.append(np.array(ops.convert_to_numpy(state.codes_variable)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BlockModel, "train_on_batch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        refine(low, model, X)
+    lo, hi = quantizer.static_bounds()
+    np.testing.assert_allclose(started[0], np.clip(codes, lo, hi), atol=1e-5)
+    np.testing.assert_array_equal(outputs(low), before)
+
+
+@pytest.mark.runtime
+def test_logits_come_nearer_and_the_file_stays_exact():
+    model = mobile(seed=2)
+    low = quantized(model, "w4a8")
+    for layer in low.layers:  # kernels that are all too large
+        if getattr(layer, "kernel_quantizer", None) is not None:
+            scale = layer.kernel_quantizer.scale
+            scale.assign(1.15 * ops.convert_to_numpy(scale))
+    wanted = outputs(model)
+    start = float(divergence([wanted], [outputs(low)]))
+    rates = Rates(codes_4bit=2e-3, codes_8bit=1e-2, biases=3e-3, log_scales=1e-2)
+    found = refine(low, model, X, steps=40, batch_size=12, rates=rates)
+    assert len(found.blocks) == 1
+    assert float(divergence([wanted], [outputs(low)])) < 0.9 * start
+    assert tflite_export.convert(low, verify=X[:4]).mismatches == 0
+
+
+@pytest.mark.once
+def test_an_uncalibrated_model_is_left_as_it_was():
+    model = small()
+    low = quantize_model(model, "w4a4")
+    before = np.array(ops.convert_to_numpy(low.get_layer("stem").kernel))
+    with pytest.raises(ValueError, match="Calibrate the model first"):
+        refine(low, model, X)
+    np.testing.assert_array_equal(ops.convert_to_numpy(low.get_layer("stem").kernel), before)
