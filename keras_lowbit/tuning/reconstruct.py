@@ -117,7 +117,8 @@ def reconstruct(
         logit_weight: beside its own error, a block's loss gets so much of the KL divergence of the
             logits that the float model's other blocks make of its output: of two outputs as near
             to the float model's, the one that the logits feel less is the better. For models that
-            end in logits. A step then costs the float model behind the block too, both ways.
+            end in logits. A step then costs the float model behind the block too, both ways; and a
+            few hundred images may be too few for it (`docs/results.md`: MobileNetV2 w4a4).
         blocks: names of layers whose outputs end a block; `None`: found in the graph, residual
             blocks as they are, chains up to their next linear tensor.
         rates: `tuning.Rates`.

@@ -20,6 +20,9 @@ def refine(
     the middles of their codes, which changes no output: behind a reconstruction many lie near the
     border to the next code, and the first steps of a fine-tune would flip them together.
 
+    Measured on MobileNetV2 w4a4 with 500 images it does not pay (`docs/results.md`): measure on
+    images of your own before keeping what it gives.
+
     Args:
         model: a calibrated model that `reconstruct` has tuned.
         float_model: the model that it was made from.
