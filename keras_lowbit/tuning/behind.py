@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 
-from keras_lowbit import walk
 from keras_lowbit.tuning import programs
 from keras_lowbit.tuning.block_model import divergence
 
@@ -22,8 +21,7 @@ class Behind:
     def __call__(self, tensors):
         """The model's outputs from the block's, lists of tensors."""
         for program in self.programs:
-            values = walk.run(program, tensors, programs.execute)
-            tensors = [values[ref.index] for ref in walk.refs(program.outputs)]
+            tensors = programs.run(program, tensors)
         return tensors
 
     @contextlib.contextmanager

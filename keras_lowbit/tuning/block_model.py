@@ -8,7 +8,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit import walk
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.transform.calibrate import activation_quantizers
@@ -159,8 +158,7 @@ class BlockModel(keras.Model):
             feeds = [ops.where(keep, floating, quantized)]
         # No `training` argument here, so layers inside see none: inference mode.
         with standing_in(self.states):
-            values = walk.run(self.program, feeds, programs.execute)
-        return [values[ref.index] for ref in walk.refs(self.program.outputs)]
+            return programs.run(self.program, feeds)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The block's loss."""

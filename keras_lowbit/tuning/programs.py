@@ -104,6 +104,12 @@ def execute(call, args, kwargs):
         operation.activation = fused
 
 
+def run(program: walk.Program, feeds) -> list:
+    """Outputs of a program as tensors that carry gradients, in the order of its outputs."""
+    values = walk.run(program, feeds, execute)
+    return [values[ref.index] for ref in walk.refs(program.outputs)]
+
+
 def forward(program: walk.Program, feeds) -> list[np.ndarray]:
     """Outputs of a program for one batch, as NumPy arrays in the order of its outputs."""
     feeds = [

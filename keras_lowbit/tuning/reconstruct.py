@@ -257,9 +257,18 @@ class _Losses:
         if self.weight:
             (self.logits,) = streams.propagate(self.floating, inputs, batch_size, budget)
 
+    def close(self):
+        """Give the logits' memory or file back."""
+        if self.logits is not None:
+            self.logits.close()
+
+    def is_last(self, i):
+        """Whether block `i` ends the model."""
+        return i == len(self.blocks) - 1
+
     def of(self, i, variances):
         """`(loss, further targets, context to train in)` of block `i`."""
-        if i == len(self.blocks) - 1 and self.by_logits:
+        if self.is_last(i) and self.by_logits:
             return block_model.divergence, [], contextlib.nullcontext()
         loss = block_model.squared_error(variances)
         if not self.weight:
@@ -296,7 +305,7 @@ class _Runner:
             next(bar, None)  # past the last step, so that the bar counts it
         finally:
             bar.close()
-            for stream in (*quantized, *floating):
+            for stream in (*quantized, *floating, self.losses):
                 stream.close()
         return Reconstruction(tuple(results))
 
@@ -305,7 +314,7 @@ class _Runner:
         variances = [max(streams.variance(stream), 1e-12) for stream in wanted]
         loss, further, context = self.losses.of(i, variances)
         told, true = quantized, wanted
-        if i == len(self.losses.blocks) - 1:
+        if self.losses.is_last(i):
             told, true = ([streams.Given(s[:_MEASURED]) for s in part] for part in (told, true))
         before = None
         if not self.kept.holds(i):
