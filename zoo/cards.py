@@ -24,15 +24,13 @@ def overview(known) -> str:
     )
     rows = []
     for entry in sorted(known.values(), key=lambda entry: entry.name):
-        kinds = list(entry.file_bytes)
-        low, high = entry.interval
         rows.append(
             (
                 f"[{entry.name}]({entry.name}/README.md)",
                 entry.scheme,
                 entry.data,
                 f"{entry.accuracy['float']:.2%}",
-                f"{entry.accuracy[kinds[0]]:.2%} ({low:.1%}-{high:.1%})",
+                _of_first_file(entry),
                 f"{entry.bytes:,}",
                 _bytes(entry, "int8"),
                 _bytes(entry, "int4"),
@@ -74,6 +72,7 @@ def card(entry: registry.Entry, metrics) -> str:
         )
         for kind, size in entry.file_bytes.items()
     ]
+    float_ = entry.scheme == registry.FLOAT
     versions = ", ".join(f"{name} {v}" for name, v in metrics["versions"].items())
     shape = "x".join(map(str, entry.input_shape))
     images = next(iter(accuracy.values()))["images"]
@@ -83,7 +82,7 @@ def card(entry: registry.Entry, metrics) -> str:
             f"`keras_lowbit.zoo.load({entry.name!r})`\n",
             f"* Architecture: `{entry.architecture}`, {shape} pixels 0..255 (normalized inside), "
             f"{entry.classes} classes.",
-            f"* Bits: {entry.scheme}, first and last layer at {recipe['quantize']['ends_bits']}.",
+            f"* Bits: {_bits(entry, recipe)}.",
             f"* Data: {metrics['data']}. {recipe['data']['holdout']} training images were set "
             f"aside for choices. {recipe['data'].get('about', '')}".rstrip(),
             f"* Recipe: `configs/{recipe['name']}.toml`: {how(recipe)}; "
@@ -94,18 +93,30 @@ def card(entry: registry.Entry, metrics) -> str:
             table("", ("model", "accuracy", "95 % interval", "same as float"), rows).strip(),
             "",
             "## Files\n",
-            f"Packed checkpoint: {entry.bytes:,} bytes.\n",
-            table("", ("file", "bytes", "ms a frame", "wrong codes"), files).strip(),
-            "",
-            f"Milliseconds are medians of {latency['runs']} runs on one thread of an "
-            f"{latency['machine']} machine.",
-            "",
+            f"{'Checkpoint' if float_ else 'Packed checkpoint'}: {entry.bytes:,} bytes.\n",
+            *([] if float_ else _timed(files, latency)),
             "## Limits\n",
             "Trained for the data above; images of another kind get an answer all the same, and "
             "the softmax of the logits is not a calibrated probability.",
             "",
         ]
     )
+
+
+def _bits(entry, recipe):
+    if entry.scheme == registry.FLOAT:
+        return "float, for low-bit models to start from"
+    return f"{entry.scheme}, first and last layer at {recipe['quantize']['ends_bits']}"
+
+
+def _timed(files, latency):
+    return [
+        table("", ("file", "bytes", "ms a frame", "wrong codes"), files).strip(),
+        "",
+        f"Milliseconds are medians of {latency['runs']} runs on one thread of an "
+        f"{latency['machine']} machine.",
+        "",
+    ]
 
 
 def how(recipe) -> str:
@@ -134,6 +145,13 @@ def how(recipe) -> str:
             f"{train['learning_rate']}, distillation {train['distill']}, seed {train['seed']}"
         )
     return "; ".join(parts) or "post-training, calibration alone"
+
+
+def _of_first_file(entry):
+    if not entry.file_bytes:
+        return ""
+    low, high = entry.interval
+    return f"{entry.accuracy[next(iter(entry.file_bytes))]:.2%} ({low:.1%}-{high:.1%})"
 
 
 def _bytes(entry, kind):

@@ -71,12 +71,17 @@ def release(folder: Path, name: str, origin: str) -> registry.Entry:
     model = keras.models.load_model(folder / "model.keras", compile=False)
     registry.RELEASED.mkdir(exist_ok=True)
     checkpoint = folder / "released.keras"
-    klb.save_packed(model, checkpoint)
+    if is_float(metrics):
+        model.save(checkpoint)  # uncompiled, so without the optimizer
+    else:
+        klb.save_packed(model, checkpoint)
     content = checkpoint.read_bytes()
-    packed = load_packed(checkpoint, compile=False)
+    packed = read(checkpoint, metrics)
     made = files_of(packed, metrics)
     images = probe_images(packed.input_shape[1:])
     outputs = {weights: outputs_of(file, images) for weights, file in made.items()}
+    if is_float(metrics):
+        outputs["float"] = packed.predict(images, verbose=0).tolist()
     probes = {"seed": 0, "shape": images.shape[1:], "outputs": outputs}
     metrics["latency"] = latency_of(made)
     recipe = metrics["recipe"]
@@ -92,10 +97,22 @@ def release(folder: Path, name: str, origin: str) -> registry.Entry:
     return entry
 
 
+def is_float(metrics) -> bool:
+    """Whether the run trained a float model."""
+    return not metrics["recipe"]["quantize"]["scheme"]
+
+
+def read(checkpoint: Path, metrics):
+    """The model of a checkpoint."""
+    return (keras.models.load_model if is_float(metrics) else load_packed)(
+        checkpoint, compile=False
+    )
+
+
 def again(entry: registry.Entry) -> None:
     """Metrics and card of a released model, its files made from the checkpoint and timed anew."""
     metrics = json.loads((EVIDENCE / entry.name / "metrics.json").read_text())
-    packed = load_packed(registry.RELEASED / f"{entry.name}.keras", compile=False)
+    packed = read(registry.RELEASED / f"{entry.name}.keras", metrics)
     metrics["latency"] = latency_of(files_of(packed, metrics))
     write(entry, metrics)
 
@@ -140,12 +157,12 @@ def outputs_of(content: bytes, images) -> list[list[float]]:
 def entry_of(name, metrics, model, content, origin):
     """The index entry."""
     recipe, accuracy = metrics["recipe"], metrics["accuracy"]
-    first = recipe["export"]["weights"][0]
+    first = "float" if is_float(metrics) else recipe["export"]["weights"][0]
     return registry.Entry(
         name=name,
         architecture=recipe["model"]["architecture"],
         data=recipe["data"]["name"].removesuffix(".npz"),
-        scheme=recipe["quantize"]["scheme"],
+        scheme=recipe["quantize"]["scheme"] or registry.FLOAT,
         input_shape=tuple(model.input_shape[1:]),
         classes=int(math.prod(model.output_shape[1:])),
         bytes=len(content),

@@ -131,8 +131,8 @@ def zoo_list(pattern: str, flags) -> int:
         raise ValueError(f"no released model matches {pattern!r}; known: {', '.join(zoo.list())}")
     rows = []
     for entry in map(zoo.info, names):
-        file, size = next(iter(entry.file_bytes.items()))
-        cells = (f"{entry.accuracy[file]:.2%}", f"{entry.bytes:,}", f"{size:,}")
+        file, size = next(iter(entry.file_bytes.items()), ("float", None))
+        cells = (f"{entry.accuracy[file]:.2%}", f"{entry.bytes:,}", f"{size:,}" if size else "")
         rows.append((entry.name, entry.scheme, entry.data, *cells))
     print(table("", ("model", "bits", "data", "accuracy", "packed bytes", "file bytes"), rows))
     return 0

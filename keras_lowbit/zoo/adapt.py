@@ -1,4 +1,4 @@
-"""A trained quantized model for another image size or for other classes."""
+"""A trained model for another image size or for other classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import keras
 
 from keras_lowbit.callbacks.sites import quantizers_of
 from keras_lowbit.checks import checked_count
-from keras_lowbit.layers import Dequantize, Quantize, QuantizedDense
+from keras_lowbit.layers import Dequantize, Quantize
 from keras_lowbit.transform.copies import set_weights
 from keras_lowbit.transform.kernels import fit_kernels
 
@@ -49,26 +49,29 @@ def without_top(model: keras.Model) -> keras.Model:
     """The model up to the tensor that its last dense layer reads, as reals `(n, features)`.
 
     Raises:
-        ValueError: the model does not end in a quantized dense layer.
+        ValueError: the model does not end in a dense layer.
     """
     head, _ = _head(model)
-    reals = Dequantize(name=f"{head.name}_features")(list(head.input))
+    reals = _read_by(head)
+    if isinstance(reals, list):
+        reals = Dequantize(name=f"{head.name}_features")(reals)
     return keras.Model(model.inputs, reals, name=f"{model.name}_features")
 
 
 def with_classes(model: keras.Model, classes: int) -> keras.Model:
     """The model with a fresh head for `classes` outputs; all other weights are kept.
 
-    The new head's kernel is random and the grid of its logits has seen no data:
-    `calibrate(model, images, only_new=True)` gives it a scale and leaves the others as they are.
+    The new head's kernel is random and, of a low-bit model, the grid of its logits has seen no
+    data: `calibrate(model, images, only_new=True)` gives it a scale and leaves the others as they
+    are.
 
     Raises:
-        ValueError: fewer than 1 class, or the model does not end in a quantized dense layer.
+        ValueError: fewer than 1 class, or the model does not end in a dense layer.
     """
     classes = checked_count(classes, who="classes", least=1)
     head, after = _head(model)
     renamed = {"name": f"{head.name}_{classes}", "units": classes}
-    x = _again(head, renamed)(list(head.input))
+    x = _again(head, renamed)(_read_by(head))
     for layer in after:
         x = _again(layer, {"name": f"{layer.name}_{classes}"})(x)
     adapted = keras.Model(model.inputs, x, name=model.name)
@@ -85,13 +88,18 @@ def _again(layer, changes):
     return type(layer).from_config(config)
 
 
+def _read_by(head):
+    """The reals that a dense layer reads, or `[codes, scale]`."""
+    return list(head.input) if isinstance(head.input, (list, tuple)) else head.input
+
+
 def _head(model):
     """The last dense layer and the layers behind it, which keep its shape."""
     layers = model.layers
-    places = [i for i, layer in enumerate(layers) if isinstance(layer, QuantizedDense)]
+    places = [i for i, layer in enumerate(layers) if isinstance(layer, keras.layers.Dense)]
     behind = layers[places[-1] + 1 :] if places else []
     if not places or not all(isinstance(layer, _BEHIND) for layer in behind):
         raise ValueError(
-            f"{model.name} does not end in a quantized dense layer, so its head cannot be changed"
+            f"{model.name} does not end in a dense layer, so its head cannot be changed"
         )
     return layers[places[-1]], behind

@@ -19,18 +19,19 @@ def load(
     url: str | None = None,
     cache: str | Path | None = None,
 ) -> keras.Model:
-    """A trained low-bit model; needs no network for models that ship with the package.
+    """A trained model; needs no network for models that ship with the package.
 
     The model takes pixels 0..255 and normalizes inside. It predicts, trains on with `fit` and the
-    quantization callbacks, and exports with `tflite_export.convert`.
+    quantization callbacks, and exports with `tflite_export.convert`. Float models, which
+    `zoo.info(name).scheme` tells, are for `quantize_model` to start from.
 
     Args:
         name: one of `zoo.list()`.
         input_shape: height, width, channels, where other than the trained one.
         classes: outputs of a fresh head, for transfer learning, also where the trained model has as
             many; the rest keeps its weights. Run
-            `calibrate(model, images, only_new=True)` before training: the head's logits have no
-            grid yet.
+            `calibrate(model, images, only_new=True)` before training a low-bit model: the head's
+            logits have no grid yet.
         include_top: `False` gives the features `(n, channels)` that the head would read.
         url: base of checkpoints that do not ship; see `zoo.files.find`.
         cache: folder of downloaded checkpoints.
@@ -46,7 +47,9 @@ def load(
     entry = registry.info(name)
     if classes is not None and not include_top:
         raise ValueError("zoo.load: classes needs include_top=True. Give one of the two")
-    model = load_packed(files.find(entry, url=url, cache=cache), compile=False)
+    path = files.find(entry, url=url, cache=cache)
+    read = keras.models.load_model if entry.scheme == registry.FLOAT else load_packed
+    model = read(path, compile=False)
     if input_shape is not None:
         model = adapt.with_input_shape(model, input_shape)
     if not include_top:

@@ -13,6 +13,8 @@ from typing import Any
 RELEASED = Path(__file__).parent / "released"
 INDEX = RELEASED / "index.json"
 FORMAT = 1
+# The scheme of models whose kernels are reals: where low-bit ones of the same data start.
+FLOAT = "float"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +25,14 @@ class Entry:
         name: what `load` takes.
         architecture: name of `zoo.build`.
         data: training data.
-        scheme: bits, such as `"w4a4"`.
+        scheme: bits, such as `"w4a4"`, or `"float"`.
         input_shape: height, width, channels; pixels 0..255.
         classes: outputs.
-        bytes: size of the packed checkpoint.
-        sha256: of the packed checkpoint, in hexadecimal.
+        bytes: size of the checkpoint, packed unless float.
+        sha256: of the checkpoint, in hexadecimal.
         accuracy: shares of right answers, by `"float"`, `"quantized"` and kind of file.
-        interval: 95 % interval of the first exported file's accuracy.
-        file_bytes: sizes of the exported files by kind.
+        interval: 95 % interval of the first exported file's accuracy, or of the float model's.
+        file_bytes: sizes of the exported files by kind; none of a float model.
         origin: starting weights and their licence.
     """
 
@@ -49,11 +51,13 @@ class Entry:
 
     def __str__(self):
         reached = ", ".join(f"{kind} {share:.2%}" for kind, share in self.accuracy.items())
-        sizes = ", ".join(f"{kind} {size:,}" for kind, size in self.file_bytes.items())
+        form = "as it is" if self.scheme == FLOAT else "packed"
+        files = ", ".join(f"{kind} {size:,}" for kind, size in self.file_bytes.items())
+        sizes = f"{form} {self.bytes:,}" + (files and f"; {files}")
         shape = "x".join(map(str, self.input_shape))
         return (
             f"{self.name}: {self.architecture} on {self.data}, {self.scheme}, {shape}, "
-            f"{self.classes} classes\naccuracy: {reached}\nbytes: packed {self.bytes:,}; {sizes}\n"
+            f"{self.classes} classes\naccuracy: {reached}\nbytes: {sizes}\n"
             f"origin: {self.origin}"
         )
 

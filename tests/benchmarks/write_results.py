@@ -30,6 +30,9 @@ BARS = {
     "resnet20_cifar10_w2a2": (88.5, "at most 20 epochs"),
     "resnet20_cifar10_wta8": (90.3, "at most 20 epochs"),
     "resnet20_cifar10_w1a1": (72.0, "at most 20 epochs"),
+    "resnet20_cifar100": (68.0, "zoo"),
+    "resnet20_cifar100_w4a4": (67.5, "zoo"),
+    "resnet20_cifar100_w2a2": (64.5, "zoo"),
 }
 
 
@@ -45,18 +48,26 @@ def keep(folder: Path) -> None:
     target.write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
 
 
-def recipe_rows():
-    """A row for each file of the runs that are kept."""
-    for path in sorted(KEPT.glob("*_cifar10_*.json")):
+def recipe_rows(data):
+    """A row for each file of the runs on some data that are kept, or for a float model."""
+    for path in sorted([*KEPT.glob(f"*_{data}.json"), *KEPT.glob(f"*_{data}_*.json")]):
         metrics = json.loads(path.read_text())
         accuracy, files = metrics["accuracy"], metrics["files"]
         epochs = metrics["recipe"]["train"]["epochs"]
         name = metrics["recipe"]["name"]
         bar, why = BARS.get(name, (None, ""))
+
+        def verdict(kind, bar=bar, why=why, accuracy=accuracy):
+            if bar is None:
+                return "", ""
+            reached = 100 * accuracy[kind]["accuracy"] >= bar
+            return f"{bar} ({why})", "yes" if reached else "NO"
+
+        if not files:
+            found = mobile_parts.percent(accuracy["float"])
+            yield (name, "", epochs, found, "", "", "", "", "", *verdict("float"))
         for weights in metrics["recipe"]["export"]["weights"]:
             file = files[f"model_{weights}.tflite"]
-            reached = accuracy[weights]["accuracy"]
-            verdict = "" if bar is None else ("yes" if 100 * reached >= bar else "NO")
             yield (
                 name,
                 weights,
@@ -67,8 +78,7 @@ def recipe_rows():
                 f"{accuracy[weights]['agreement']:.2%}",
                 f"{file['bytes']:,}",
                 f"{file['wrong_codes']} of {file['compared_codes']:,}",
-                "" if bar is None else f"{bar} ({why})",
-                verdict,
+                *verdict(weights),
             )
 
 
@@ -91,7 +101,7 @@ def earlier_rows():
 
 def page() -> str:
     """The whole page."""
-    columns = (
+    of_files = (
         "recipe",
         "file",
         "epochs",
@@ -111,9 +121,10 @@ def page() -> str:
         "each training.\n",
         "## CIFAR-10\n",
         "`keras-lowbit train configs/RECIPE.toml --data cifar10.npz --weights FLOAT --out RUN`\n",
-        table("", columns, list(recipe_rows())).strip(),
+        table("", of_files, list(recipe_rows("cifar10"))).strip(),
         "",
     ]
+    hundred = list(recipe_rows("cifar100"))
     earlier = list(earlier_rows())
     if earlier:
         columns = ("recipe", "epochs", "rate", "distillation", "temperature", "file (95 %)")
@@ -121,6 +132,14 @@ def page() -> str:
         parts += [
             "Recipes before the ones above, whose test images were looked at too:\n",
             table("", columns, earlier).strip(),
+            "",
+        ]
+    if hundred:
+        parts += [
+            "## CIFAR-100\n",
+            "Low-bit recipes start at the float model of the zoo:",
+            "`--weights keras_lowbit/zoo/released/resnet20_cifar100.keras`.\n",
+            table("", of_files, hundred).strip(),
             "",
         ]
     parts += mobile_parts.recipes_part(KEPT / "imagenet")

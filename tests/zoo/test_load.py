@@ -71,6 +71,38 @@ def test_a_shipped_model_has_the_integers_that_were_released(release, shelf):
     assert ours.content == theirs.content
 
 
+def test_a_float_model_is_read_as_keras_wrote_it(shelf):
+    keras.utils.set_random_seed(4)
+    image = keras.Input((9, 9, 3))
+    x = keras.layers.Conv2D(4, 3, name="conv")(image)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    net = keras.Model(image, keras.layers.Dense(5, name="logits")(x))
+    net.save(shelf / "tiny_w4a4.keras")
+    content = (shelf / "tiny_w4a4.keras").read_bytes()
+    entry = dataclasses.replace(
+        registry.info("tiny_w4a4"),
+        scheme=registry.FLOAT,
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        accuracy={"float": 0.5},
+        file_bytes={},
+    )
+    (shelf / "index.json").write_text(registry.as_json({"tiny_w4a4": entry}))
+    assert str(registry.info("tiny_w4a4")).splitlines()[2] == f"bytes: as it is {len(content):,}"
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 9, 3)).astype("float32")
+    wanted = np.asarray(net.predict(pixels, verbose=0))
+    loaded = load("tiny_w4a4")
+    # One backend, one graph: what differs is at most the order of a sum.
+    np.testing.assert_allclose(loaded.predict(pixels, verbose=0), wanted, rtol=1e-5, atol=1e-4)
+    features = np.asarray(load("tiny_w4a4", include_top=False).predict(pixels, verbose=0))
+    logits = features @ net.get_weights()[-2] + net.get_weights()[-1]
+    np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-4)
+    new = load("tiny_w4a4", classes=2)
+    assert new.output_shape == (None, 2)
+    np.testing.assert_array_equal(new.get_weights()[0], net.get_weights()[0])
+    klb.quantize_model(new, "w4a4")  # a start for low-bit models
+
+
 @pytest.mark.once
 def test_names_are_listed_by_pattern(shelf):
     assert list_models() == ["tiny_w4a4", "tiny_w8a8"]

@@ -32,6 +32,9 @@ def test_probe_tensors_give_the_released_integers(name):
     recipe = json.loads((EVIDENCE / name / "metrics.json").read_text())["recipe"]["export"]
     images = probe_images(probes["shape"], probes["seed"])
     model = zoo.load(name)
+    expected = probes["outputs"].pop("float", None)
+    if expected is not None:  # sums of another order: float32 noise of 20 layers of some logits
+        np.testing.assert_allclose(model.predict(images, verbose=0), expected, atol=1e-3)
     for weights, expected in probes["outputs"].items():
         result = tflite_export.convert(
             model,
