@@ -106,7 +106,9 @@ def card(entry: registry.Entry, metrics) -> str:
 def _bits(entry, recipe):
     if entry.scheme == registry.FLOAT:
         return "float, for low-bit models to start from"
-    return f"{entry.scheme}, first and last layer at {recipe['quantize']['ends_bits']}"
+    given = recipe["quantize"]
+    others = [f"; `{name}` {scheme}" for name, scheme in given["exceptions"].items()]
+    return f"{entry.scheme}, first and last layer at {given['ends_bits']}" + "".join(others)
 
 
 def _timed(files, latency):

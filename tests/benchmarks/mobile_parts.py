@@ -149,7 +149,15 @@ def recipes_part(folder):
 
 
 # Columns of how a recipe tunes.
-TUNING = ("steps a block", "views", "start", "logits", "channels", "steps as a whole")
+TUNING = (
+    "other bits",
+    "steps a block",
+    "views",
+    "start",
+    "logits",
+    "channels",
+    "steps as a whole",
+)
 
 
 def _tuning(recipe):
@@ -165,7 +173,8 @@ def _tuning(recipe):
     counts = [tuned["steps"], *tuned.get("block_steps", {}).values()]
     steps = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else counts[0]
     whole = recipe.get("refine", {}).get("steps", 0)
-    return steps, views, start, tuned.get("logit_weight", 0.0), levelled, whole
+    others = ", ".join(f"{name} {bits}" for name, bits in recipe["quantize"]["exceptions"].items())
+    return others, steps, views, start, tuned.get("logit_weight", 0.0), levelled, whole
 
 
 def _earlier(folder):
