@@ -7,7 +7,6 @@ are dropped likewise. `tuning.variables` says what is trained, in which units.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import time
 from dataclasses import dataclass
@@ -23,12 +22,12 @@ from keras_lowbit.quantizers.base import checked_choice
 from keras_lowbit.transform.batches import checked_batches
 from keras_lowbit.transform.calibrate import uncalibrated
 from keras_lowbit.transform.snap_biases import snap_biases
-from keras_lowbit.tuning import block_model, programs, streams
+from keras_lowbit.tuning import programs, streams
 from keras_lowbit.tuning import rounding as data_rounding
-from keras_lowbit.tuning.behind import Behind, with_logits
 from keras_lowbit.tuning.block_model import BlockModel, Rates
 from keras_lowbit.tuning.blocks import find as find_blocks
 from keras_lowbit.tuning.folder import Folder
+from keras_lowbit.tuning.losses import Losses, ends_in_logits
 
 ROUNDINGS = ("nearest", "data")
 # Streams alive at once: the block's two inputs and its target or its outputs.
@@ -154,7 +153,7 @@ def reconstruct(
     quantized, floating = checked_pair(model, float_model)
     found = find_blocks(quantized, floating, blocks)
     counts = each.of([block.name for block in found])
-    if logit_weight and not _ends_in_logits(floating):
+    if logit_weight and not ends_in_logits(floating):
         raise ValueError(
             f"reconstruct: logit_weight needs a model with one output (batch, classes). "
             f"{float_model.name} has {[ref.shape for ref in walk.refs(floating.outputs)]}"
@@ -176,7 +175,7 @@ def reconstruct(
     }
     kept = Folder.open(folder, settings, float_model, model, [i.array for i in inputs])
     budget = memory / _STREAMS
-    losses = _Losses(found, floating, logit_weight)
+    losses = Losses(found, floating, logit_weight)
     runner = _Runner(
         counts, batch_size, drop, rounding, losses, rates, budget, seed, jit_compile, kept
     )
@@ -209,11 +208,6 @@ def _check(drop, memory, logit_weight):
         )
 
 
-def _ends_in_logits(program):
-    shapes = [ref.shape for ref in walk.refs(program.outputs)]
-    return len(shapes) == 1 and len(shapes[0]) == 2 and (shapes[0][1] or 0) > 1
-
-
 class _Steps:
     """How many steps blocks get."""
 
@@ -236,45 +230,6 @@ class _Steps:
                 )
             counts.update(dict.fromkeys(matching, n))
         return list(counts.values())
-
-
-class _Losses:
-    """What each block is trained for.
-
-    Args:
-        blocks: all of the model, in order.
-        floating: the float model's program.
-        logit_weight: as in `reconstruct`.
-    """
-
-    def __init__(self, blocks, floating, logit_weight):
-        self.blocks, self.floating, self.weight = blocks, floating, logit_weight
-        self.by_logits = _ends_in_logits(floating)
-        self.logits = None
-
-    def prepare(self, inputs, batch_size, budget):
-        """The float model's logits of all images, if losses ask for them."""
-        if self.weight:
-            (self.logits,) = streams.propagate(self.floating, inputs, batch_size, budget)
-
-    def close(self):
-        """Give the logits' memory or file back."""
-        if self.logits is not None:
-            self.logits.close()
-
-    def is_last(self, i):
-        """Whether block `i` ends the model."""
-        return i == len(self.blocks) - 1
-
-    def of(self, i, variances):
-        """`(loss, further targets, context to train in)` of block `i`."""
-        if self.is_last(i) and self.by_logits:
-            return block_model.divergence, [], contextlib.nullcontext()
-        loss = block_model.squared_error(variances)
-        if not self.weight:
-            return loss, [], contextlib.nullcontext()
-        behind = Behind(self.blocks[i + 1 :])
-        return with_logits(loss, behind, self.weight), [self.logits], behind.fixed()
 
 
 class _Runner:
