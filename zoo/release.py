@@ -5,7 +5,8 @@
 
 RUN_FOLDER is one of `keras-lowbit train`. The checkpoint goes to `keras_lowbit/zoo/released/`, the
 evidence to `zoo/NAME/`. A run is refused whose packed checkpoint does not give the very files that
-were measured. Both time the files, so run them where nothing else runs.
+were measured. Both time the files, so run them where nothing else runs, on TensorFlow: the scale of
+a binary kernel is a mean, whose last bit may be another on JAX.
 """
 
 from __future__ import annotations
