@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from keras_lowbit.cli.methods import cycle_epochs
@@ -96,13 +97,16 @@ def part(folder: Path) -> list[str]:
     )
     wrong = sum(run["wrong_codes"] for runs in found.values() for run in runs)
     count = sum(map(len, found.values()))
+    backends = Counter(run["backend"] for runs in found.values() for run in runs)
+    trained = ", ".join(f"{many} on {backend}" for backend, many in backends.most_common())
     return [
         "## What each training method buys: ResNet-8 on CIFAR-10\n",
         "`python zoo/study.py --data cifar10.npz --weights FLOAT --out RUNS`",
         "",
         "Equal total epochs, test images looked at once. The standard error comes from the seeds,",
         "and is at least that of the test images. Differences below two standard errors are not",
-        f"distinguishable. {count} runs, {wrong} wrong codes in their files.",
+        f"distinguishable. {count} runs ({trained}, with the same batches), {wrong} wrong codes in",
+        "their files.",
         "",
         "*As deployed*: the epochs in which the whole net trains at the bits it ends with. From a",
         "float start and with eight epochs in all these count most: arms whose bits fall have not",
