@@ -72,7 +72,6 @@ def card(entry: registry.Entry, metrics) -> str:
         )
         for kind, size in entry.file_bytes.items()
     ]
-    float_ = entry.scheme == registry.FLOAT
     versions = ", ".join(f"{name} {v}" for name, v in metrics["versions"].items())
     shape = "x".join(map(str, entry.input_shape))
     images = next(iter(accuracy.values()))["images"]
@@ -93,8 +92,8 @@ def card(entry: registry.Entry, metrics) -> str:
             table("", ("model", "accuracy", "95 % interval", "same as float"), rows).strip(),
             "",
             "## Files\n",
-            f"{'Checkpoint' if float_ else 'Packed checkpoint'}: {entry.bytes:,} bytes.\n",
-            *([] if float_ else _timed(files, latency)),
+            f"{'Packed checkpoint' if files else 'Checkpoint'}: {entry.bytes:,} bytes.\n",
+            *_timed(files, latency),
             "## Limits\n",
             "Trained for the data above; images of another kind get an answer all the same, and "
             "the softmax of the logits is not a calibrated probability.",
@@ -112,6 +111,8 @@ def _bits(entry, recipe):
 
 
 def _timed(files, latency):
+    if not files:  # of a float model
+        return []
     return [
         table("", ("file", "bytes", "ms a frame", "wrong codes"), files).strip(),
         "",

@@ -24,8 +24,7 @@ from cards import card, overview
 
 import keras_lowbit as klb
 import tflite_export
-from keras_lowbit.packed import load_packed
-from keras_lowbit.zoo import registry
+from keras_lowbit.zoo import files, registry
 from tflite_export import runtime
 
 EVIDENCE = Path(__file__).resolve().parent
@@ -72,16 +71,17 @@ def release(folder: Path, name: str, origin: str) -> registry.Entry:
     model = keras.models.load_model(folder / "model.keras", compile=False)
     registry.RELEASED.mkdir(exist_ok=True)
     checkpoint = folder / "released.keras"
-    if is_float(metrics):
+    scheme = scheme_of(metrics)
+    if scheme == registry.FLOAT:
         model.save(checkpoint)  # uncompiled, so without the optimizer
     else:
         klb.save_packed(model, checkpoint)
     content = checkpoint.read_bytes()
-    packed = read(checkpoint, metrics)
+    packed = files.read(checkpoint, scheme)
     made = files_of(packed, metrics)
     images = probe_images(packed.input_shape[1:])
     outputs = {weights: outputs_of(file, images) for weights, file in made.items()}
-    if is_float(metrics):
+    if scheme == registry.FLOAT:
         outputs["float"] = packed.predict(images, verbose=0).tolist()
     probes = {"seed": 0, "shape": images.shape[1:], "outputs": outputs}
     metrics["latency"] = latency_of(made)
@@ -98,22 +98,15 @@ def release(folder: Path, name: str, origin: str) -> registry.Entry:
     return entry
 
 
-def is_float(metrics) -> bool:
-    """Whether the run trained a float model."""
-    return not metrics["recipe"]["quantize"]["scheme"]
-
-
-def read(checkpoint: Path, metrics):
-    """The model of a checkpoint."""
-    return (keras.models.load_model if is_float(metrics) else load_packed)(
-        checkpoint, compile=False
-    )
+def scheme_of(metrics) -> str:
+    """The scheme of a run's model."""
+    return metrics["recipe"]["quantize"]["scheme"] or registry.FLOAT
 
 
 def again(entry: registry.Entry) -> None:
     """Metrics and card of a released model, its files made from the checkpoint and timed anew."""
     metrics = json.loads((EVIDENCE / entry.name / "metrics.json").read_text())
-    packed = read(registry.RELEASED / f"{entry.name}.keras", metrics)
+    packed = files.read(registry.RELEASED / f"{entry.name}.keras", entry.scheme)
     metrics["latency"] = latency_of(files_of(packed, metrics))
     write(entry, metrics)
 
@@ -141,9 +134,9 @@ def files_of(model, metrics) -> dict[str, bytes]:
     return made
 
 
-def latency_of(files: dict[str, bytes]) -> dict:
+def latency_of(made: dict[str, bytes]) -> dict:
     """Median milliseconds of each file on one thread."""
-    ms = {kind: runtime.median_latency(content, runs=RUNS) for kind, content in files.items()}
+    ms = {kind: runtime.median_latency(content, runs=RUNS) for kind, content in made.items()}
     return {"ms": ms, "runs": RUNS, "machine": platform.machine()}
 
 
@@ -158,12 +151,12 @@ def outputs_of(content: bytes, images) -> list[list[float]]:
 def entry_of(name, metrics, model, content, origin):
     """The index entry."""
     recipe, accuracy = metrics["recipe"], metrics["accuracy"]
-    first = "float" if is_float(metrics) else recipe["export"]["weights"][0]
+    first = next(iter(recipe["export"]["weights"]), "float")
     return registry.Entry(
         name=name,
         architecture=recipe["model"]["architecture"],
         data=recipe["data"]["name"].removesuffix(".npz"),
-        scheme=recipe["quantize"]["scheme"] or registry.FLOAT,
+        scheme=scheme_of(metrics),
         input_shape=tuple(model.input_shape[1:]),
         classes=int(math.prod(model.output_shape[1:])),
         bytes=len(content),

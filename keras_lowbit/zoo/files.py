@@ -1,4 +1,4 @@
-"""Where checkpoints of released models lie: in the package, in a cache, or at a URL."""
+"""Checkpoints of released models: in the package, in a cache, or at a URL; and reading them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,23 @@ import urllib.request
 import uuid
 from pathlib import Path
 
+import keras
+
+from keras_lowbit.packed import load_packed
 from keras_lowbit.zoo import registry
 
 URL_VARIABLE = "KERAS_LOWBIT_URL"
 CACHE_VARIABLE = "KERAS_LOWBIT_CACHE"
+
+
+def read(path: Path, scheme: str) -> keras.Model:
+    """The uncompiled model of a checkpoint: packed, or of `registry.FLOAT` as Keras wrote it.
+
+    Raises:
+        ValueError: names the file: damaged, or not of `save_packed`.
+    """
+    load = keras.models.load_model if scheme == registry.FLOAT else load_packed
+    return load(path, compile=False)
 
 
 def find(entry: registry.Entry, *, url: str | None = None, cache: str | Path | None = None) -> Path:

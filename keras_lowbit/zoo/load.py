@@ -6,7 +6,6 @@ from pathlib import Path
 
 import keras
 
-from keras_lowbit.packed import load_packed
 from keras_lowbit.zoo import adapt, files, registry
 
 
@@ -47,9 +46,7 @@ def load(
     entry = registry.info(name)
     if classes is not None and not include_top:
         raise ValueError("zoo.load: classes needs include_top=True. Give one of the two")
-    path = files.find(entry, url=url, cache=cache)
-    read = keras.models.load_model if entry.scheme == registry.FLOAT else load_packed
-    model = read(path, compile=False)
+    model = files.read(files.find(entry, url=url, cache=cache), entry.scheme)
     if input_shape is not None:
         model = adapt.with_input_shape(model, input_shape)
     if not include_top:

@@ -55,17 +55,9 @@ def recipe_rows(data):
         accuracy, files = metrics["accuracy"], metrics["files"]
         epochs = metrics["recipe"]["train"]["epochs"]
         name = metrics["recipe"]["name"]
-        bar, why = BARS.get(name, (None, ""))
-
-        def verdict(kind, bar=bar, why=why, accuracy=accuracy):
-            if bar is None:
-                return "", ""
-            reached = 100 * accuracy[kind]["accuracy"] >= bar
-            return f"{bar} ({why})", "yes" if reached else "NO"
-
         if not files:
             found = mobile_parts.percent(accuracy["float"])
-            yield (name, "", epochs, found, "", "", "", "", "", *verdict("float"))
+            yield (name, "", epochs, found, "", "", "", "", "", *_verdict(name, accuracy["float"]))
         for weights in metrics["recipe"]["export"]["weights"]:
             file = files[f"model_{weights}.tflite"]
             yield (
@@ -78,8 +70,16 @@ def recipe_rows(data):
                 f"{accuracy[weights]['agreement']:.2%}",
                 f"{file['bytes']:,}",
                 f"{file['wrong_codes']} of {file['compared_codes']:,}",
-                *verdict(weights),
+                *_verdict(name, accuracy[weights]),
             )
+
+
+def _verdict(name, scored):
+    """The bar of a recipe and whether it is reached, both empty where it has none."""
+    if name not in BARS:
+        return "", ""
+    bar, why = BARS[name]
+    return f"{bar} ({why})", "yes" if 100 * scored["accuracy"] >= bar else "NO"
 
 
 def earlier_rows():
@@ -124,7 +124,6 @@ def page() -> str:
         table("", of_files, list(recipe_rows("cifar10"))).strip(),
         "",
     ]
-    hundred = list(recipe_rows("cifar100"))
     earlier = list(earlier_rows())
     if earlier:
         columns = ("recipe", "epochs", "rate", "distillation", "temperature", "file (95 %)")
@@ -134,6 +133,7 @@ def page() -> str:
             table("", columns, earlier).strip(),
             "",
         ]
+    hundred = list(recipe_rows("cifar100"))
     if hundred:
         parts += [
             "## CIFAR-100\n",

@@ -92,9 +92,11 @@ def test_a_float_model_is_read_as_keras_wrote_it(shelf):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 9, 3)).astype("float32")
     wanted = np.asarray(net.predict(pixels, verbose=0))
     loaded = load("tiny_w4a4")
-    # One backend, one graph: what differs is at most the order of a sum.
+    # One backend, one graph: what differs is at most the order of sums. The logits are some
+    # hundreds (pixels 0..255), where neighbours of float32 lie 1.5e-5 apart.
     np.testing.assert_allclose(loaded.predict(pixels, verbose=0), wanted, rtol=1e-5, atol=1e-4)
     features = np.asarray(load("tiny_w4a4", include_top=False).predict(pixels, verbose=0))
+    # The same bounds: NumPy sums the head's four products in an order of its own.
     logits = features @ net.get_weights()[-2] + net.get_weights()[-1]
     np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-4)
     new = load("tiny_w4a4", classes=2)

@@ -33,8 +33,10 @@ def test_probe_tensors_give_the_released_integers(name):
     images = probe_images(probes["shape"], probes["seed"])
     model = zoo.load(name)
     expected = probes["outputs"].pop("float", None)
-    if expected is not None:  # sums of another order: float32 noise of 20 layers of some logits
-        np.testing.assert_allclose(model.predict(images, verbose=0), expected, atol=1e-3)
+    if expected is not None:
+        # Reals, no codes: logits up to 10 behind 20 layers, whose sums backends order differently;
+        # some 1e-5 are seen.
+        np.testing.assert_allclose(model.predict(images, verbose=0), expected, atol=1e-4)
     for weights, expected in probes["outputs"].items():
         result = tflite_export.convert(
             model,
