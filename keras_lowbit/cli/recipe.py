@@ -13,6 +13,7 @@ from typing import Any
 from keras_lowbit.cli.methods import Methods, check_methods
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.rescale_depthwise import METHODS as RESCALINGS
+from keras_lowbit.tuning.block_model import Rates
 from keras_lowbit.tuning.reconstruct import ROUNDINGS
 
 METHODS = ("mse", "minmax", "percentile")
@@ -86,8 +87,9 @@ class Reconstruct:
     stay real meanwhile; `images`: the first so many training images, 0 for all; `views`: random
     views of each beside it, windows of at least the share `zoom` of both sides
     (`data.zoomed_views`); `rounding`: `"nearest"` or `"data"`, where kernels start;
-    `logit_weight`: of the divergence of the logits beside a block's own error; `memory`: gibibytes
-    for activations.
+    `logit_weight`: of the divergence of the logits beside a block's own error; `rates`: learning
+    rates by name (`tuning.Rates`), those left out as there; `block_rates`: the same for blocks
+    whose names match a pattern, those left out as in `rates`; `memory`: gibibytes for activations.
     """
 
     steps: int = 0
@@ -99,7 +101,15 @@ class Reconstruct:
     zoom: float = 0.6
     rounding: str = "nearest"
     logit_weight: float = 0.0
+    rates: dict[str, float] = field(default_factory=dict)
+    block_rates: dict[str, dict[str, float]] = field(default_factory=dict)
     memory: float = 1.0
+
+    @property
+    def all_rates(self) -> tuple[Rates, dict[str, Rates]]:
+        """Rates of most blocks, and by pattern."""
+        others = {k: Rates(**{**self.rates, **v}) for k, v in self.block_rates.items()}
+        return Rates(**self.rates), others
 
 
 @dataclass(frozen=True)
@@ -359,6 +369,11 @@ def checked(recipe: Recipe, path: str) -> Recipe:
             f"{path} [reconstruct]: block_steps must be at least 1. "
             f"Got {recipe.reconstruct.block_steps}"
         )
+    try:
+        recipe.reconstruct.all_rates  # noqa: B018 - made to see whether they can be
+    except (TypeError, ValueError) as error:
+        known = [f.name for f in dataclasses.fields(Rates)]
+        raise ValueError(f"{path} [reconstruct]: rates are of {known}, above 0. {error}") from error
     for section in ("reconstruct", "refine"):
         if getattr(recipe, section).steps and scheme is None:
             raise ValueError(f"{path} [{section}]: needs a [quantize] scheme")

@@ -227,6 +227,7 @@ class _Run:
         images = np.asarray(self.chosen.x_train[: given.images or None], np.float32)
         images = datasets.zoomed_views(images, given.views, zoom=given.zoom, seed=seed)
         if given.steps:
+            rates, block_rates = given.all_rates
             found = reconstruct(
                 model,
                 teacher,
@@ -237,6 +238,8 @@ class _Run:
                 drop=given.drop,
                 rounding=given.rounding,
                 logit_weight=given.logit_weight,
+                rates=rates,
+                block_rates=block_rates,
                 seed=seed,
                 memory=given.memory * 2**30,
                 folder=self.out / "blocks" if self.resume else None,

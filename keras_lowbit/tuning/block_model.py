@@ -115,7 +115,7 @@ class BlockModel(keras.Model):
                     add = self._adder(quantizer.bits)
                     state = ActivationScale(call.name, quantizer, add, drop, self.draws)
                     states.append(state)
-            bias = _bias_of(call)
+            bias = own_bias(call)
             if bias is not None and id(bias) not in done:
                 done.add(id(bias))
                 self.rate_of[id(bias)] = rates.biases
@@ -184,7 +184,8 @@ def _as_list(tensors):
     return [ops.convert_to_tensor(t) for t in flat]
 
 
-def _bias_of(call):
+def own_bias(call):
+    """What a product or a batch norm adds to each channel, its bias or `beta`, or `None`."""
     kind, layer = kind_of(call), call.operation
     if kind == "batch_norm":
         return layer.beta if layer.center else None

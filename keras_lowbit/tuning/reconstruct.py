@@ -2,12 +2,14 @@
 
 A block's target is the float block's output on float inputs; its input is, element by element with
 probability `drop`, the float or the quantized stream so far, and inside it the activation grids
-are dropped likewise. `tuning.variables` says what is trained, in which units.
+are dropped likewise. `tuning.variables` says what is trained, in which units; before and behind it
+a bias brings the means of the output's channels in order (`tuning.means`).
 """
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import time
 from dataclasses import dataclass
 
@@ -28,6 +30,7 @@ from keras_lowbit.tuning.block_model import BlockModel, Rates
 from keras_lowbit.tuning.blocks import find as find_blocks
 from keras_lowbit.tuning.folder import Folder
 from keras_lowbit.tuning.losses import Losses, ends_in_logits
+from keras_lowbit.tuning.means import match_means
 
 ROUNDINGS = ("nearest", "data")
 # Streams alive at once: the block's two inputs and its target or its outputs.
@@ -84,6 +87,7 @@ def reconstruct(
     logit_weight=0.0,
     blocks=None,
     rates=None,
+    block_rates=None,
     folder=None,
     memory=2**30,
     seed=0,
@@ -121,6 +125,7 @@ def reconstruct(
         blocks: names of layers whose outputs end a block; `None`: found in the graph, residual
             blocks as they are, chains up to their next linear tensor.
         rates: `tuning.Rates`.
+        block_rates: other `Rates` for some blocks, as `block_steps`.
         folder: finished blocks are kept there, and a run that was killed goes on behind them.
         memory: bytes for activations; what does not fit is kept as float16, or on disk.
         seed: of batches and of dropping.
@@ -146,13 +151,19 @@ def reconstruct(
         Based on Prediction Difference Metric, CVPR 2023, arXiv:2212.07048, which chooses scales of
         activations by it; here everything in the block is trained with it.
     """
-    each = _Steps(steps, block_steps)
+    steps = checked_count(steps, who="reconstruct: steps", least=1)
+    block_steps = {
+        str(pattern): checked_count(n, who=f"reconstruct: block_steps[{pattern!r}]", least=1)
+        for pattern, n in dict(block_steps or {}).items()
+    }
     batch_size = checked_count(batch_size, who="reconstruct: batch_size", least=1)
     _check(drop, memory, logit_weight)
     checked_choice("reconstruct", "rounding", rounding, ROUNDINGS)
     quantized, floating = checked_pair(model, float_model)
     found = find_blocks(quantized, floating, blocks)
-    counts = each.of([block.name for block in found])
+    names = [block.name for block in found]
+    counts = _by_pattern(names, steps, block_steps, "block_steps")
+    rates = _by_pattern(names, Rates() if rates is None else rates, block_rates, "block_rates")
     if logit_weight and not ends_in_logits(floating):
         raise ValueError(
             f"reconstruct: logit_weight needs a model with one output (batch, classes). "
@@ -160,7 +171,6 @@ def reconstruct(
         )
     batches = checked_batches(quantized, images, batch_size)
     inputs = [streams.Given(np.concatenate(column)) for column in zip(*batches, strict=True)]
-    rates = Rates() if rates is None else rates
     if jit_compile is None:
         jit_compile = keras.backend.backend() == "jax"
     settings = {
@@ -170,8 +180,8 @@ def reconstruct(
         "rounding": rounding,
         "logit_weight": logit_weight,
         "seed": seed,
-        "rates": vars(rates),
-        "blocks": [block.name for block in found],
+        "rates": [vars(one) for one in rates],
+        "blocks": names,
     }
     kept = Folder.open(folder, settings, float_model, model, [i.array for i in inputs])
     budget = memory / _STREAMS
@@ -208,28 +218,17 @@ def _check(drop, memory, logit_weight):
         )
 
 
-class _Steps:
-    """How many steps blocks get."""
-
-    def __init__(self, steps, by_pattern):
-        self.steps = checked_count(steps, who="reconstruct: steps", least=1)
-        self.by_pattern = {
-            str(pattern): checked_count(n, who=f"reconstruct: block_steps[{pattern!r}]", least=1)
-            for pattern, n in dict(by_pattern or {}).items()
-        }
-
-    def of(self, names):
-        """The number of each block, in order."""
-        counts = dict.fromkeys(names, self.steps)
-        for pattern, n in self.by_pattern.items():
-            matching = fnmatch.filter(names, pattern)
-            if not matching:
-                raise ValueError(
-                    f"reconstruct: block_steps has {pattern!r}, which matches no block. "
-                    f"Blocks: {list(names)}"
-                )
-            counts.update(dict.fromkeys(matching, n))
-        return list(counts.values())
+def _by_pattern(names, default, by_pattern, who):
+    """A value for each name: that of the last pattern that matches it, or the default."""
+    chosen = dict.fromkeys(names, default)
+    for pattern, value in dict(by_pattern or {}).items():
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            raise ValueError(
+                f"reconstruct: {who} has {pattern!r}, which matches no block. Blocks: {list(names)}"
+            )
+        chosen.update(dict.fromkeys(matching, value))
+    return list(chosen.values())
 
 
 class _Runner:
@@ -280,7 +279,7 @@ class _Runner:
             drop=self.drop,
             mix=i > 0,
             seed=_seed(self.seed, i),
-            rates=self.rates,
+            rates=self.rates[i],
             done=self.done,
         )
         seconds = 0.0
@@ -289,9 +288,19 @@ class _Runner:
             for _ in range(self.steps[i]):
                 next(bar, None)
         else:
+            # Once near, for what training finds from there; once more with nothing real.
+            by_logits = self.losses.is_last(i) and self.losses.by_logits
+            match = functools.partial(
+                match_means,
+                block.quantized,
+                [] if by_logits else model.biases,
+                quantized,
+                wanted,
+                self.batch_size,
+            )
             with context:
                 targets = [*wanted, *further]
-                seconds = self.train(i, block, model, quantized, floating, targets, bar)
+                seconds = self.train(i, block, model, quantized, floating, targets, match, bar)
             self.kept.save(i, model.targets(), before)
         got = streams.propagate(block.quantized, told, self.batch_size, self.budget)
         after = streams.relative_error(true, got, variances)
@@ -322,14 +331,15 @@ class _Runner:
                     variable.assign(value)
         return before
 
-    def train(self, i, block, model, quantized, floating, wanted, bar):
-        """Seconds that the steps took."""
+    def train(self, i, block, model, quantized, floating, wanted, match, bar):
+        """Seconds that the steps took; `match` brings the means of the outputs in order."""
         start = [np.array(ops.convert_to_numpy(v)) for v in model.targets()]
         random = np.random.default_rng(_seed(self.seed, i))
         began = time.monotonic()
         if model.trainable_variables:
             model.prepare(self.steps[i], self.jit_compile)
         try:
+            match()
             for step in range(self.steps[i] if model.trainable_variables else 0):
                 rows = random.choice(len(wanted[0]), min(self.batch_size, len(wanted[0])), False)
                 rows.sort()
@@ -342,12 +352,13 @@ class _Runner:
                         "Lower the rates, and check the calibration"
                     )
                 next(bar, None)
+            model.write()
+            match()
         except BaseException:
             # A run that goes on later must find the block untouched.
             for variable, value in zip(model.targets(), start, strict=True):
                 variable.assign(value)
             raise
-        model.write()
         return time.monotonic() - began
 
 

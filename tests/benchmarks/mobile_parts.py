@@ -156,6 +156,8 @@ TUNING = (
     "start",
     "logits",
     "channels",
+    "means",
+    "own rates",
     "steps as a whole",
 )
 
@@ -174,7 +176,10 @@ def _tuning(recipe):
     steps = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else counts[0]
     whole = recipe.get("refine", {}).get("steps", 0)
     others = ", ".join(f"{name} {bits}" for name, bits in recipe["quantize"]["exceptions"].items())
-    return others, steps, views, start, tuned.get("logit_weight", 0.0), levelled, whole
+    means = "matched" if "rates" in tuned else "as trained"  # of the blocks' outputs
+    rates = ", ".join([*(["all"] if tuned.get("rates") else []), *tuned.get("block_rates", {})])
+    logits = tuned.get("logit_weight", 0.0)
+    return others, steps, views, start, logits, levelled, means, rates, whole
 
 
 def _earlier(folder):

@@ -14,7 +14,7 @@ from keras import ops
 from keras_lowbit.callbacks import Resume
 from keras_lowbit.cli import files, fitting
 from keras_lowbit.cli.recipe import Train
-from keras_lowbit.tuning import reconstruct, refine
+from keras_lowbit.tuning import Rates, reconstruct, refine
 
 pytestmark = pytest.mark.runtime
 
@@ -71,10 +71,11 @@ def test_cut_and_mixed_images_train_with_a_teacher_and_without(run, recipe, tmp_
 
 
 def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monkeypatch):
-    out, seen = tmp_path / "out", []
+    out, seen, rates = tmp_path / "out", [], []
 
     def watched(model, teacher, images, **given):
         seen.append((len(images), given["memory"], given["logit_weight"]))
+        rates.append((given["rates"], given["block_rates"]))
         return reconstruct(model, teacher, images, **given)
 
     def watched_whole(model, teacher, images, **given):
@@ -94,6 +95,8 @@ def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monke
             "views": 1,
             "memory": 0.25,
             "logit_weight": 0.5,
+            "rates": {"biases": 0.5},
+            "block_rates": {"*": {"log_scales": 0.1}},
         },
         refine={"steps": 2, "batch_size": 8},
         train={"epochs": 0},
@@ -102,6 +105,7 @@ def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monke
     assert outcome.code == 0, outcome.err
     assert "error before" in outcome.out
     assert seen == [(64, 2**28, 0.5), (64, 2, 8)]  # each image and one view of it
+    assert rates == [(Rates(biases=0.5), {"*": Rates(biases=0.5, log_scales=0.1)})]
     assert not (out / "blocks").exists()
     metrics = json.loads((out / "metrics.json").read_text())
     kinds = {type(layer).__name__ for layer in files.load_model(out / "model.keras").layers}

@@ -117,6 +117,20 @@ def test_blocks_get_the_steps_of_the_last_pattern_that_matches(monkeypatch):
     assert taken.count(others[0]) == 1
 
 
+def test_blocks_get_the_rates_of_the_last_pattern_that_matches():
+    model, low = small(), quantized(small())
+    before = [np.array(low.get_layer(name).bias) for name in ("stem", "head")]
+    fast, slow = Rates(biases=1e-1), Rates(biases=1e-5)
+    run(low, model, steps=1, rates=fast, block_rates={"*": fast, "stem*": slow}, **TWO)
+    moved = [
+        np.abs(np.array(low.get_layer(name).bias) - old).max()
+        for name, old in zip(("stem", "head"), before, strict=True)
+    ]
+    # Adam's first step is the rate; biases then lie on integers of about 1e-4.
+    assert moved[0] < 1e-3
+    assert 0.09 < moved[1] < 0.11
+
+
 def test_streams_that_do_not_fit_give_nearly_the_same_model():
     model = small()
     kept, spilled = quantized(model, "w8a8"), quantized(model, "w8a8")
@@ -167,6 +181,7 @@ class TestRefusals:
         [
             ({"steps": 0}, "steps must be"),
             ({"block_steps": {"*": 0}}, r"block_steps\['\*'\] must be"),
+            ({"block_rates": {"haed": Rates()}}, "block_rates has 'haed', which matches no block"),
             ({"block_steps": {"haed": 1}}, "'haed', which matches no block"),
             ({"batch_size": 2.5}, "batch_size must be"),
             ({"drop": 1.5}, "drop must lie in 0..1"),
