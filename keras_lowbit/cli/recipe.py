@@ -87,7 +87,8 @@ class Reconstruct:
     stay real meanwhile; `images`: the first so many training images, 0 for all; `views`: random
     views of each beside it, windows of at least the share `zoom` of both sides
     (`data.zoomed_views`); `rounding`: `"nearest"` or `"data"`, where kernels start;
-    `logit_weight`: of the divergence of the logits beside a block's own error; `rates`: learning
+    `logit_weight`: of the divergence of the logits beside a block's own error; `logit_blocks`: how
+    many of the last blocks are trained as one, for the logits; `rates`: learning
     rates by name (`tuning.Rates`), those left out as there; `block_rates`: the same for blocks
     whose names match a pattern, those left out as in `rates`; `memory`: gibibytes for activations.
     """
@@ -101,6 +102,7 @@ class Reconstruct:
     zoom: float = 0.6
     rounding: str = "nearest"
     logit_weight: float = 0.0
+    logit_blocks: int = 1
     rates: dict[str, float] = field(default_factory=dict)
     block_rates: dict[str, dict[str, float]] = field(default_factory=dict)
     memory: float = 1.0
@@ -313,6 +315,7 @@ def checked(recipe: Recipe, path: str) -> Recipe:
             "images": 0,
             "views": 0,
             "logit_weight": 0.0,
+            "logit_blocks": 1,
         },
         "refine": {"steps": 0, "batch_size": 1},
         "train": _LEAST,

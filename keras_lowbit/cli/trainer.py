@@ -238,6 +238,7 @@ class _Run:
                 drop=given.drop,
                 rounding=given.rounding,
                 logit_weight=given.logit_weight,
+                logit_blocks=given.logit_blocks,
                 rates=rates,
                 block_rates=block_rates,
                 seed=seed,

@@ -85,6 +85,7 @@ def reconstruct(
     drop=0.5,
     rounding="nearest",
     logit_weight=0.0,
+    logit_blocks=1,
     blocks=None,
     rates=None,
     block_rates=None,
@@ -122,6 +123,8 @@ def reconstruct(
             to the float model's, the one that the logits feel less is the better. For models that
             end in logits. A step then costs the float model behind the block too, both ways; and a
             few hundred images may be too few for it (`docs/results.md`: MobileNetV2 w4a4).
+        logit_blocks: how many of the last blocks are trained as one, for the logits. Of what blocks
+            in front of the last gain in squared error the logits may feel nothing.
         blocks: names of layers whose outputs end a block; `None`: found in the graph, residual
             blocks as they are, chains up to their next linear tensor.
         rates: `tuning.Rates`.
@@ -161,6 +164,14 @@ def reconstruct(
     checked_choice("reconstruct", "rounding", rounding, ROUNDINGS)
     quantized, floating = checked_pair(model, float_model)
     found = find_blocks(quantized, floating, blocks)
+    logit_blocks = checked_count(logit_blocks, who="reconstruct: logit_blocks", least=1)
+    if logit_blocks > len(found):
+        raise ValueError(
+            f"reconstruct: logit_blocks must be at most {len(found)}, the blocks of "
+            f"{float_model.name}. Got {logit_blocks}"
+        )
+    if logit_blocks > 1:
+        found = find_blocks(quantized, floating, [block.name for block in found[:-logit_blocks]])
     names = [block.name for block in found]
     counts = _by_pattern(names, steps, block_steps, "block_steps")
     rates = _by_pattern(names, Rates() if rates is None else rates, block_rates, "block_rates")

@@ -178,7 +178,9 @@ def _tuning(recipe):
     others = ", ".join(f"{name} {bits}" for name, bits in recipe["quantize"]["exceptions"].items())
     means = "matched" if "rates" in tuned else "as trained"  # of the blocks' outputs
     rates = ", ".join([*(["all"] if tuned.get("rates") else []), *tuned.get("block_rates", {})])
-    logits = tuned.get("logit_weight", 0.0)
+    logits = str(tuned.get("logit_weight", 0.0))
+    if tuned.get("logit_blocks", 1) > 1:
+        logits += f", last {tuned['logit_blocks']} as one"
     return others, steps, views, start, logits, levelled, means, rates, whole
 
 

@@ -53,6 +53,7 @@ def test_whole_numbers_are_taken_for_reals(tmp_path):
         ("[reconstruct]\nrates = { biases = 'a' }", "rates are of ['codes_4bit', 'codes_8bit', 'b"),
         ("[reconstruct]\nblock_rates = { a = 1 }", "rates are of ['codes_4bit', 'codes_8bit', 'b"),
         ("[reconstruct]\nblock_rates = { a = { biases = -1 } }", "biases must be positive. Got -1"),
+        ("[reconstruct]\nlogit_blocks = 0", "[reconstruct]: logit_blocks must be at least 1"),
         ("[reconstruct]\nviews = -1", "[reconstruct]: views must be at least 0. Got -1"),
         ("[reconstruct]\nzoom = 1.5", "[reconstruct]: zoom must lie above 0 and up to 1. Got 1.5"),
         ("[reconstruct]\nmemory = 0.0", "[reconstruct]: memory must be positive. Got 0.0"),

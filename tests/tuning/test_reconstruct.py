@@ -1,5 +1,7 @@
 """`reconstruct`: errors fall, what must stay stays, killed runs go on, files are exact."""
 
+import importlib
+
 import keras
 import numpy as np
 import pytest
@@ -131,6 +133,23 @@ def test_blocks_get_the_rates_of_the_last_pattern_that_matches():
     assert 0.09 < moved[1] < 0.11
 
 
+def test_the_last_blocks_are_trained_as_one_for_the_logits(monkeypatch):
+    model, trained = small(), []
+
+    class Watched(BlockModel):
+        def __init__(self, program, *, loss, **options):
+            trained.append(([call.name for call in program.calls], loss))
+            super().__init__(program, loss=loss, **options)
+
+    module = importlib.import_module("keras_lowbit.tuning.reconstruct")  # the name is a function's
+    monkeypatch.setattr(module, "BlockModel", Watched)
+    (stem, head) = run(quantized(model), model, steps=1, logit_blocks=2).blocks
+    assert (stem.name, head.name, head.products) == ("stem_relu", "head", 2)
+    names, loss = trained[1]
+    assert {"dw", "sum", "head"} <= set(names)
+    assert loss is divergence
+
+
 def test_streams_that_do_not_fit_give_nearly_the_same_model():
     model = small()
     kept, spilled = quantized(model, "w8a8"), quantized(model, "w8a8")
@@ -183,6 +202,8 @@ class TestRefusals:
             ({"block_steps": {"*": 0}}, r"block_steps\['\*'\] must be"),
             ({"block_rates": {"haed": Rates()}}, "block_rates has 'haed', which matches no block"),
             ({"block_steps": {"haed": 1}}, "'haed', which matches no block"),
+            ({"logit_blocks": 0}, "logit_blocks must be"),
+            ({"logit_blocks": 4}, "logit_blocks must be at most 3, the blocks of small. Got 4"),
             ({"batch_size": 2.5}, "batch_size must be"),
             ({"drop": 1.5}, "drop must lie in 0..1"),
             ({"memory": 0}, "memory must be positive"),
