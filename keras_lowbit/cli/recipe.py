@@ -88,7 +88,8 @@ class Reconstruct:
     views of each beside it, windows of at least the share `zoom` of both sides
     (`data.zoomed_views`); `rounding`: `"nearest"` or `"data"`, where kernels start;
     `logit_weight`: of the divergence of the logits beside a block's own error; `logit_blocks`: how
-    many of the last blocks are trained as one, for the logits; `rates`: learning
+    many of the last blocks are trained as one, for the logits; `match_means`: channel means of
+    blocks' outputs are brought in order (`tuning.means`); `rates`: learning
     rates by name (`tuning.Rates`), those left out as there; `block_rates`: the same for blocks
     whose names match a pattern, those left out as in `rates`; `memory`: gibibytes for activations.
     """
@@ -103,6 +104,7 @@ class Reconstruct:
     rounding: str = "nearest"
     logit_weight: float = 0.0
     logit_blocks: int = 1
+    match_means: bool = False
     rates: dict[str, float] = field(default_factory=dict)
     block_rates: dict[str, dict[str, float]] = field(default_factory=dict)
     memory: float = 1.0

@@ -239,6 +239,7 @@ class _Run:
                 rounding=given.rounding,
                 logit_weight=given.logit_weight,
                 logit_blocks=given.logit_blocks,
+                match_means=given.match_means,
                 rates=rates,
                 block_rates=block_rates,
                 seed=seed,

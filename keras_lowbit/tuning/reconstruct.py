@@ -2,8 +2,8 @@
 
 A block's target is the float block's output on float inputs; its input is, element by element with
 probability `drop`, the float or the quantized stream so far, and inside it the activation grids
-are dropped likewise. `tuning.variables` says what is trained, in which units; before and behind it
-a bias brings the means of the output's channels in order (`tuning.means`).
+are dropped likewise. `tuning.variables` says what is trained, in which units; where asked, a bias
+brings the means of the output's channels in order before and behind it (`tuning.means`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from keras_lowbit.quantizers.base import checked_choice
 from keras_lowbit.transform.batches import checked_batches
 from keras_lowbit.transform.calibrate import uncalibrated
 from keras_lowbit.transform.snap_biases import snap_biases
-from keras_lowbit.tuning import programs, streams
+from keras_lowbit.tuning import means, programs, streams
 from keras_lowbit.tuning import rounding as data_rounding
 from keras_lowbit.tuning.block_model import BlockModel, Rates
 from keras_lowbit.tuning.blocks import find as find_blocks
 from keras_lowbit.tuning.folder import Folder
 from keras_lowbit.tuning.losses import Losses, ends_in_logits
-from keras_lowbit.tuning.means import match_means
 
 ROUNDINGS = ("nearest", "data")
 # Streams alive at once: the block's two inputs and its target or its outputs.
@@ -86,6 +85,7 @@ def reconstruct(
     rounding="nearest",
     logit_weight=0.0,
     logit_blocks=1,
+    match_means=False,
     blocks=None,
     rates=None,
     block_rates=None,
@@ -125,6 +125,11 @@ def reconstruct(
             few hundred images may be too few for it (`docs/results.md`: MobileNetV2 w4a4).
         logit_blocks: how many of the last blocks are trained as one, for the logits. Of what blocks
             in front of the last gain in squared error the logits may feel nothing.
+        match_means: whether a bias brings the channel means of each block's output in order, before
+            its training and once more behind it with nothing real: a constant a channel, which
+            training leaves where its rates are small against the values. Squared errors fall by it,
+            most in front (a third of MobileNetV2's first block at w4a4), which the logits need not
+            feel: its w4a4 as a whole is no nearer for it (`docs/results.md`).
         blocks: names of layers whose outputs end a block; `None`: found in the graph, residual
             blocks as they are, chains up to their next linear tensor.
         rates: `tuning.Rates`.
@@ -190,6 +195,7 @@ def reconstruct(
         "drop": drop,
         "rounding": rounding,
         "logit_weight": logit_weight,
+        "match_means": bool(match_means),
         "seed": seed,
         "rates": [vars(one) for one in rates],
         "blocks": names,
@@ -198,7 +204,17 @@ def reconstruct(
     budget = memory / _STREAMS
     losses = Losses(found, floating, logit_weight)
     runner = _Runner(
-        counts, batch_size, drop, rounding, losses, rates, budget, seed, jit_compile, kept
+        counts,
+        batch_size,
+        drop,
+        rounding,
+        match_means,
+        losses,
+        rates,
+        budget,
+        seed,
+        jit_compile,
+        kept,
     )
     result = runner.run(found, inputs)
     snap_biases(model)
@@ -246,12 +262,12 @@ class _Runner:
     """Goes through the blocks with the two streams."""
 
     def __init__(
-        self, steps, batch_size, drop, rounding, losses, rates, budget, seed, jit_compile, kept
+        self, steps, batch_size, drop, rounding, matches, losses, rates, budget, seed, jit, kept
     ):
         self.steps, self.batch_size, self.drop = steps, batch_size, drop
-        self.rounding, self.losses = rounding, losses
+        self.rounding, self.matches, self.losses = rounding, matches, losses
         self.rates, self.budget, self.seed = rates, budget, seed
-        self.jit_compile, self.kept = jit_compile, kept
+        self.jit_compile, self.kept = jit, kept
         self.done: set[int] = set()
 
     def run(self, found, inputs):
@@ -302,9 +318,9 @@ class _Runner:
             # Once near, for what training finds from there; once more with nothing real.
             by_logits = self.losses.is_last(i) and self.losses.by_logits
             match = functools.partial(
-                match_means,
+                means.match_means,
                 block.quantized,
-                [] if by_logits else model.biases,
+                model.biases if self.matches and not by_logits else [],
                 quantized,
                 wanted,
                 self.batch_size,

@@ -176,7 +176,7 @@ def _tuning(recipe):
     steps = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else counts[0]
     whole = recipe.get("refine", {}).get("steps", 0)
     others = ", ".join(f"{name} {bits}" for name, bits in recipe["quantize"]["exceptions"].items())
-    means = "matched" if "rates" in tuned else "as trained"  # of the blocks' outputs
+    means = "matched" if tuned.get("match_means") else "as trained"  # of the blocks' outputs
     rates = ", ".join([*(["all"] if tuned.get("rates") else []), *tuned.get("block_rates", {})])
     logits = str(tuned.get("logit_weight", 0.0))
     if tuned.get("logit_blocks", 1) > 1:

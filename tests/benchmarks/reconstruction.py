@@ -24,9 +24,9 @@ import tflite_export
 from keras_lowbit.cli.measure import wilson
 from tests.benchmarks.mobilenet_v2 import logits_of, seconds, snr
 
-# Steps a block and share of dropped elements: more steps gained nothing by hand, and at 8 bits
-# dropping only adds noise.
-SETTINGS = {"w8a8": (60, 0.0), "w4a8": (200, 0.5), "w4a4": (200, 0.5)}
+# Steps a block, share of dropped elements, whether means are matched: more steps gained nothing by
+# hand, and at 8 bits dropping only adds noise.
+SETTINGS = {"w8a8": (60, 0.0, True), "w4a8": (200, 0.5, False), "w4a4": (200, 0.5, False)}
 
 
 def measured(model, images, truth, wanted, verify=0):
@@ -47,7 +47,7 @@ def measured(model, images, truth, wanted, verify=0):
 
 def run(scheme, model, even, odd, truth, wanted, given):
     """One scheme, from the folded float model to the figures."""
-    steps, drop = SETTINGS[scheme]
+    steps, drop, match = SETTINGS[scheme]
     steps = given.steps or steps
     quantized = klb.quantize_model(model, scheme, input_range=(-1, 1))
     chosen = even[:: max(1, len(even) // given.calibration)]
@@ -58,12 +58,15 @@ def run(scheme, model, even, odd, truth, wanted, given):
         "images": len(odd),
         "steps": steps,
         "drop": drop,
+        "match_means": match,
         "float_accuracy": float((wanted.argmax(-1) == truth).mean()),
         "calibrated": measured(quantized, odd, truth, wanted),
     }
     folder = None if given.folder is None else Path(given.folder) / scheme
     done, result["reconstruct_s"] = seconds(
-        lambda: klb.reconstruct(quantized, model, even, steps=steps, drop=drop, folder=folder)
+        lambda: klb.reconstruct(
+            quantized, model, even, steps=steps, drop=drop, match_means=match, folder=folder
+        )
     )
     print(done)
     result["blocks"] = [vars(block) for block in done.blocks]

@@ -74,7 +74,7 @@ def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monke
     out, seen, rates = tmp_path / "out", [], []
 
     def watched(model, teacher, images, **given):
-        seen.append((len(images), given["memory"], given["logit_weight"], given["logit_blocks"]))
+        seen.append((len(images), given["memory"], given["logit_weight"], given["match_means"]))
         rates.append((given["rates"], given["block_rates"]))
         return reconstruct(model, teacher, images, **given)
 
@@ -95,7 +95,7 @@ def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monke
             "views": 1,
             "memory": 0.25,
             "logit_weight": 0.5,
-            "logit_blocks": 1,
+            "match_means": True,
             "rates": {"biases": 0.5},
             "block_rates": {"*": {"log_scales": 0.1}},
         },
@@ -105,7 +105,7 @@ def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monke
     outcome = run("train", path, "--out", out)
     assert outcome.code == 0, outcome.err
     assert "error before" in outcome.out
-    assert seen == [(64, 2**28, 0.5, 1), (64, 2, 8)]  # each image and one view of it
+    assert seen == [(64, 2**28, 0.5, True), (64, 2, 8)]  # each image and one view of it
     assert rates == [(Rates(biases=0.5), {"*": Rates(biases=0.5, log_scales=0.1)})]
     assert not (out / "blocks").exists()
     metrics = json.loads((out / "metrics.json").read_text())

@@ -1,7 +1,5 @@
 """What is behind a block: its loss sees the logits, and the float model stays as it was."""
 
-import importlib
-
 import keras
 import numpy as np
 import pytest
@@ -68,9 +66,6 @@ def test_only_what_the_logits_feel_moves_when_they_alone_count(monkeypatch):
         "keras_lowbit.tuning.block_model.squared_error",
         lambda variances: lambda wanted, got: 0.0 * ops.mean(got[0]),
     )
-    # Means are brought in order whatever the loss: what moves here is by gradients.
-    module = importlib.import_module("keras_lowbit.tuning.reconstruct")  # the name is a function's
-    monkeypatch.setattr(module, "match_means", lambda *args: None)
     model = one_of_two()
     x = np.random.default_rng(0).normal(size=(16, 2, 2, 2)).astype("float32")
     low = calibrate(quantize_model(model, "w4a4"), x)
