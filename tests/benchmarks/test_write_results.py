@@ -2,11 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests.benchmarks import cost_parts, mobile_parts, write_results
-from tests.benchmarks.convert_cost import peak_mib, reset_peak
 from tests.benchmarks.peers import run
 
 pytestmark = pytest.mark.once
@@ -97,14 +99,27 @@ def test_the_page_takes_what_lies_in_the_folder(tmp_path, monkeypatch):
     assert "Larq" in write_results.page()
 
 
+ROOT = Path(__file__).resolve().parents[2]
+LARGE_ARRAY = """
+from tests.benchmarks.convert_cost import peak_mib, reset_peak
+known = reset_peak()
+before = peak_mib()
+held = bytearray(b"x") * (64 * 2**20)
+del held
+print(known, peak_mib() - before)
+"""
+
+
 def test_the_peak_knows_a_large_array():
-    if not reset_peak():
+    # In a process of its own: threads of a backend give memory back meanwhile.
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE_ARRAY], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    known, added = done.stdout.split()
+    if known == "False":
         pytest.skip("this system keeps no peak that can begin anew")
-    before = peak_mib()
-    held = bytearray(b"x") * (64 * 2**20)
-    del held
     # All 64 MiB were written, so they were resident; a few may have been so before.
-    assert 56 < peak_mib() - before < 80
+    assert 56 < float(added) < 80
 
 
 class TestPeers:
