@@ -89,9 +89,9 @@ class Reconstruct:
     (`data.zoomed_views`); `rounding`: `"nearest"` or `"data"`, where kernels start;
     `logit_weight`: of the divergence of the logits beside a block's own error; `logit_blocks`: how
     many of the last blocks are trained as one, for the logits; `match_means`: channel means of
-    blocks' outputs are brought in order (`tuning.means`); `rates`: learning
-    rates by name (`tuning.Rates`), those left out as there; `block_rates`: the same for blocks
-    whose names match a pattern, those left out as in `rates`; `memory`: gibibytes for activations.
+    blocks' outputs are brought in order (`tuning.means`); `rates`: learning rates by name
+    (`tuning.Rates`), those left out as there; `block_rates`: the same for blocks whose names match
+    a pattern, those left out as in `rates`; `memory`: gibibytes for activations.
     """
 
     steps: int = 0

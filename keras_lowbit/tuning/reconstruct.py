@@ -9,7 +9,6 @@ brings the means of the output's channels in order before and behind it (`tuning
 from __future__ import annotations
 
 import fnmatch
-import functools
 import time
 from dataclasses import dataclass
 
@@ -180,6 +179,9 @@ def reconstruct(
     names = [block.name for block in found]
     counts = _by_pattern(names, steps, block_steps, "block_steps")
     rates = _by_pattern(names, Rates() if rates is None else rates, block_rates, "block_rates")
+    odd = [one for one in rates if not isinstance(one, Rates)]
+    if odd:
+        raise ValueError(f"reconstruct: rates and block_rates are of tuning.Rates. Got {odd[0]!r}")
     if logit_weight and not ends_in_logits(floating):
         raise ValueError(
             f"reconstruct: logit_weight needs a model with one output (batch, classes). "
@@ -315,19 +317,9 @@ class _Runner:
             for _ in range(self.steps[i]):
                 next(bar, None)
         else:
-            # Once near, for what training finds from there; once more with nothing real.
-            by_logits = self.losses.is_last(i) and self.losses.by_logits
-            match = functools.partial(
-                means.match_means,
-                block.quantized,
-                model.biases if self.matches and not by_logits else [],
-                quantized,
-                wanted,
-                self.batch_size,
-            )
             with context:
                 targets = [*wanted, *further]
-                seconds = self.train(i, block, model, quantized, floating, targets, match, bar)
+                seconds = self.train(i, block, model, quantized, floating, targets, bar)
             self.kept.save(i, model.targets(), before)
         got = streams.propagate(block.quantized, told, self.batch_size, self.budget)
         after = streams.relative_error(true, got, variances)
@@ -358,15 +350,20 @@ class _Runner:
                     variable.assign(value)
         return before
 
-    def train(self, i, block, model, quantized, floating, wanted, match, bar):
-        """Seconds that the steps took; `match` brings the means of the outputs in order."""
+    def match(self, i, block, model, quantized, wanted):
+        """Bring channel means of the outputs in order, where asked; logits have their own loss."""
+        if self.matches and not (self.losses.is_last(i) and self.losses.by_logits):
+            means.match_means(block.quantized, model.biases, quantized, wanted, self.batch_size)
+
+    def train(self, i, block, model, quantized, floating, wanted, bar):
+        """Seconds that the steps took."""
         start = [np.array(ops.convert_to_numpy(v)) for v in model.targets()]
         random = np.random.default_rng(_seed(self.seed, i))
         began = time.monotonic()
         if model.trainable_variables:
             model.prepare(self.steps[i], self.jit_compile)
         try:
-            match()
+            self.match(i, block, model, quantized, wanted)  # what follows begins near
             for step in range(self.steps[i] if model.trainable_variables else 0):
                 rows = random.choice(len(wanted[0]), min(self.batch_size, len(wanted[0])), False)
                 rows.sort()
@@ -380,7 +377,7 @@ class _Runner:
                     )
                 next(bar, None)
             model.write()
-            match()
+            self.match(i, block, model, quantized, wanted)  # once more, with nothing real
         except BaseException:
             # A run that goes on later must find the block untouched.
             for variable, value in zip(model.targets(), start, strict=True):

@@ -200,6 +200,8 @@ class TestRefusals:
         [
             ({"steps": 0}, "steps must be"),
             ({"block_steps": {"*": 0}}, r"block_steps\['\*'\] must be"),
+            ({"rates": 1e-3}, "rates and block_rates are of tuning.Rates. Got 0.001"),
+            ({"block_rates": {"*": {"biases": 1.0}}}, "are of tuning.Rates. Got {'biases': 1.0}"),
             ({"block_rates": {"haed": Rates()}}, "block_rates has 'haed', which matches no block"),
             ({"block_steps": {"haed": 1}}, "'haed', which matches no block"),
             ({"logit_blocks": 0}, "logit_blocks must be"),
