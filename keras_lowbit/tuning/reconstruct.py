@@ -33,7 +33,7 @@ from keras_lowbit.tuning.losses import Losses, ends_in_logits
 ROUNDINGS = ("nearest", "data")
 # Streams alive at once: the block's two inputs and its target or its outputs.
 _STREAMS = 3
-# Images that the errors of the last block are of: nothing reads its stream.
+# Images that a block's errors are of; the last block's stream is of no more: nothing reads it.
 _MEASURED = 256
 
 
@@ -45,8 +45,8 @@ class BlockResult:
         name: the layer whose output ends it.
         products: layers with a kernel in it.
         before: relative squared error of its output against the float model's, with the quantized
-            stream as input, before the block was trained.
-        after: the same afterwards. Both of the last block: of 256 images at most.
+            stream as input, before the block was trained. Of the first 256 images at most.
+        after: the same afterwards.
         seconds: time of its steps; 0 for a block that a folder held.
     """
 
@@ -296,12 +296,9 @@ class _Runner:
         """The block's result and the quantized streams of its outputs."""
         variances = [max(streams.variance(stream), 1e-12) for stream in wanted]
         loss, further, context = self.losses.of(i, variances)
-        told, true = quantized, wanted
-        if self.losses.is_last(i):
-            told, true = ([streams.Given(s[:_MEASURED]) for s in part] for part in (told, true))
         before = None
         if not self.kept.holds(i):
-            before = self.start(i, block, quantized, floating, (told, true), variances)
+            before = self.start(i, block, quantized, floating, wanted, variances)
         model = BlockModel(
             block.quantized,
             loss=loss,
@@ -321,20 +318,18 @@ class _Runner:
                 targets = [*wanted, *further]
                 seconds = self.train(i, block, model, quantized, floating, targets, bar)
             self.kept.save(i, model.targets(), before)
-        got = streams.propagate(block.quantized, told, self.batch_size, self.budget)
-        after = streams.relative_error(true, got, variances)
+        count = _MEASURED if self.losses.is_last(i) else None
+        got = streams.propagate(block.quantized, quantized, self.batch_size, self.budget, count)
+        after = streams.relative_error(wanted, got, variances, _MEASURED)
         return BlockResult(block.name, block.products, before, after, seconds), got
 
-    def start(self, i, block, quantized, floating, measured, variances):
-        """The block's error before anything is done to it; rounds its kernels to data, if asked.
-
-        `measured`: inputs and targets that the error is of.
-        """
+    def start(self, i, block, quantized, floating, wanted, variances):
+        """The block's error before anything is done to it; rounds its kernels to data, if asked."""
 
         def error():
-            told, true = measured
-            got = streams.propagate(block.quantized, told, self.batch_size, self.budget)
-            found = streams.relative_error(true, got, variances)
+            size, budget = self.batch_size, self.budget
+            got = streams.propagate(block.quantized, quantized, size, budget, _MEASURED)
+            found = streams.relative_error(wanted, got, variances, _MEASURED)
             for stream in got:
                 stream.close()
             return found

@@ -85,12 +85,14 @@ class Given:
         """Nothing to give back."""
 
 
-def propagate(program: walk.Program, streams, batch_size: int, budget: float) -> list[Stream]:
-    """Streams of a program's outputs from those of its inputs."""
+def propagate(
+    program: walk.Program, streams, batch_size: int, budget: float, limit: int | None = None
+) -> list[Stream]:
+    """Streams of a program's outputs from those of its inputs: of all images, or the first ones."""
     made: list[Stream] = []
-    count = len(streams[0])
+    count = _count(streams[0], limit)
     for start in range(0, count, batch_size):
-        rows = slice(start, start + batch_size)
+        rows = slice(start, min(start + batch_size, count))
         outputs = programs.forward(program, [stream[rows] for stream in streams])
         if not made:
             made = [Stream((count, *out.shape[1:]), budget) for out in outputs]
@@ -109,14 +111,21 @@ def variance(stream: Stream, rows: int = 32) -> float:
     return max(square / count - (total / count) ** 2, 0.0)
 
 
-def relative_error(wanted: list[Stream], got: list[Stream], variances, rows: int = 32) -> float:
-    """Mean over outputs of `mean (got - wanted)^2 / variance`."""
+def relative_error(
+    wanted: list[Stream], got: list[Stream], variances, limit: int | None = None, rows: int = 32
+) -> float:
+    """Mean over outputs of `mean (got - wanted)^2 / variance`, of all images or the first."""
     errors = []
     for one, other, spread in zip(wanted, got, variances, strict=True):
         total = count = 0.0
-        for start in range(0, len(one), rows):
-            part = slice(start, start + rows)
+        last = _count(one, limit)
+        for start in range(0, last, rows):
+            part = slice(start, min(start + rows, last))
             difference = one[part].astype(np.float64) - other[part]
             total, count = total + (difference**2).sum(), count + difference.size
         errors.append(total / count / spread)
     return float(np.mean(errors))
+
+
+def _count(stream, limit):
+    return len(stream) if limit is None else min(limit, len(stream))
