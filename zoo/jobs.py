@@ -6,8 +6,10 @@ import contextlib
 import math
 import os
 import queue
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -61,8 +63,10 @@ def run_jobs(jobs: Iterable[Job], given, after: Callable[[Job], None] = lambda j
         given: parsed `add_arguments`.
         after: called with each job that is done, now or before, one at a time.
 
+    An interrupt or SIGTERM ends the runs under way too; their snapshots stay.
+
     Raises:
-        SystemExit: some job failed (the others ran), or no run at a time.
+        SystemExit: some job failed (the others ran), no run at a time, or SIGTERM.
     """
     if given.parallel < 1:
         sys.exit(f"--parallel must be at least 1. Got {given.parallel}")
@@ -70,9 +74,9 @@ def run_jobs(jobs: Iterable[Job], given, after: Callable[[Job], None] = lambda j
     shares: queue.Queue[list[int]] = queue.Queue()
     for share in shares_of(sorted(_cores()), given.parallel):
         shares.put(share)
-    failed = []
-    with ThreadPoolExecutor(given.parallel) as pool:
-        waiting = {pool.submit(_run, job, given, end, shares): job for job in jobs}
+    failed, running = [], _Running()
+    with _sigterm_exits(), ThreadPoolExecutor(given.parallel) as pool:
+        waiting = {pool.submit(_run, job, given, end, shares, running): job for job in jobs}
         try:
             for future in as_completed(waiting):
                 job, code = waiting[future], future.result()
@@ -84,9 +88,51 @@ def run_jobs(jobs: Iterable[Job], given, after: Callable[[Job], None] = lambda j
                     after(job)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            running.kill()
             raise
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
+
+
+class _Running:
+    """Processes under way, to be killed from another thread than those that wait for them."""
+
+    def __init__(self):
+        self.processes: set[subprocess.Popen] = set()
+        self.killed = threading.Event()
+
+    @contextlib.contextmanager
+    def held(self, process):
+        """Adds a process; it is killed at the end of the `with` at the latest."""
+        self.processes.add(process)
+        if self.killed.is_set():  # it began while the others were killed
+            process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            self.processes.discard(process)
+
+    def kill(self):
+        """Kill them all, and what begins from now on."""
+        self.killed.set()
+        for process in tuple(self.processes):
+            process.kill()
+
+
+@contextlib.contextmanager
+def _sigterm_exits():
+    """SIGTERM raises SystemExit in the main thread, where it would leave the runs without end."""
+
+    def leave(number, frame):
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def shares_of(cores: list[int], parts: int) -> list[list[int]]:
@@ -109,7 +155,7 @@ def _cores():
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
 
 
-def _run(job, given, end, shares):
+def _run(job, given, end, shares, running):
     """Exit code, 0 for what is done; `None`: not done at the time limit."""
     if job.is_done:
         print(f"{job.out.name}: done before, see {job.out}")
@@ -119,7 +165,7 @@ def _run(job, given, end, shares):
         return None
     share = shares.get()
     try:
-        with _started(job, given, share) as process:
+        with running.held(_started(job, given, share)) as process:
             return process.wait(None if math.isinf(left) else left)
     except subprocess.TimeoutExpired:
         return None
@@ -127,9 +173,8 @@ def _run(job, given, end, shares):
         shares.put(share)
 
 
-@contextlib.contextmanager
 def _started(job, given, share):
-    """The process of a job, on some cores where others run beside it; ends with the `with`."""
+    """The process of a job, on some cores where others run beside it."""
     command = command_of(job, given)
     if given.parallel == 1:
         process = subprocess.Popen(command)
@@ -144,8 +189,4 @@ def _started(job, given, share):
         if hasattr(os, "sched_setaffinity"):  # its threads, made later, stay there too
             with contextlib.suppress(ProcessLookupError):  # it has ended already
                 os.sched_setaffinity(process.pid, share)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    return process

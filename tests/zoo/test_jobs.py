@@ -1,7 +1,10 @@
 """The runner of trainings, with small programs in place of trainings."""
 
 import argparse
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -111,3 +114,28 @@ def test_the_time_limit_stops_what_runs_and_begins_nothing_more(jobs, tmp_path, 
 def test_no_run_at_a_time_is_refused(jobs, tmp_path):
     with pytest.raises(SystemExit, match=r"--parallel must be at least 1\. Got 0"):
         jobs.run_jobs([], given(jobs, tmp_path, "--parallel", "0"))
+
+
+@pytest.mark.parametrize("parallel", ["1", "2"])
+def test_sigterm_ends_the_runs_under_way_too(jobs, tmp_path, parallel):
+    """Each notes its process, then sleeps for longer than the test may take."""
+    note = "(out / 'pid').write_text(str(os.getpid())); time.sleep(600)"
+    todo = made(jobs, tmp_path, a=note, b=note, c=note)
+
+    def terminate():
+        while sum(bool(p.read_text()) for p in tmp_path.glob("*/pid")) < int(parallel):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=terminate, daemon=True).start()
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as found:
+        jobs.run_jobs(todo, given(jobs, tmp_path, "--parallel", parallel))
+    assert found.value.code == 128 + signal.SIGTERM
+    assert time.monotonic() - start < 60
+    assert len(list(tmp_path.glob("*/pid"))) == int(parallel)
+    for path in tmp_path.glob("*/pid"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) is before
