@@ -132,6 +132,16 @@ def kind_of(call: Call) -> str | None:
     return _OPERATIONS.get(name)
 
 
+def own_bias(call: Call) -> keras.Variable | None:
+    """What a product or a batch norm adds to each channel, its bias or `beta`, or `None`."""
+    kind, layer = kind_of(call), call.operation
+    if kind == "batch_norm":
+        return layer.beta if layer.center else None
+    if kind == "product" and layer.use_bias:
+        return layer.bias
+    return None
+
+
 def padding_value(call: Call) -> float:
     """What `ops.pad` puts around a tensor; 0.0 for what it takes from the tensor itself."""
     value = dict(call.kwargs).get("constant_values", (*call.args[1:], None)[0])

@@ -17,7 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit import walk
-from keras_lowbit.kinds import activation_name, kind_of
+from keras_lowbit.kinds import activation_name, kind_of, own_bias
 from keras_lowbit.progress import track
 from keras_lowbit.transform.batches import checked_batches
 from keras_lowbit.transform.calibrate import uncalibrated
@@ -63,7 +63,7 @@ def correct_biases(model, float_model, images):
         if name not in means:
             return outputs
         shift = means[name] - _channel_mean(outputs)
-        variable = _bias_of(call.operation)
+        variable = own_bias(call)
         variable.assign(ops.convert_to_numpy(variable) + shift)
         return outputs + ops.convert_to_tensor(shift)
 
@@ -94,10 +94,6 @@ def _single(call):
 
 def _is_linear(layer):
     return activation_name(layer) == "linear"
-
-
-def _bias_of(layer):
-    return layer.beta if hasattr(layer, "beta") else layer.bias
 
 
 def _float_means(program, images):

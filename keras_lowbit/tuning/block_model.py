@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.kinds import kind_of
+from keras_lowbit.kinds import own_bias
 from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.transform.calibrate import activation_quantizers
 from keras_lowbit.tuning import programs
@@ -182,13 +182,3 @@ class BlockModel(keras.Model):
 def _as_list(tensors):
     flat = tensors if isinstance(tensors, (list, tuple)) else [tensors]
     return [ops.convert_to_tensor(t) for t in flat]
-
-
-def own_bias(call):
-    """What a product or a batch norm adds to each channel, its bias or `beta`, or `None`."""
-    kind, layer = kind_of(call), call.operation
-    if kind == "batch_norm":
-        return layer.beta if layer.center else None
-    if kind == "product" and layer.use_bias:
-        return layer.bias
-    return None

@@ -17,9 +17,8 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit import walk
-from keras_lowbit.kinds import activation_name, kind_of
+from keras_lowbit.kinds import activation_name, kind_of, own_bias
 from keras_lowbit.tuning import streams
-from keras_lowbit.tuning.block_model import own_bias
 
 # Images that means are taken over, evenly spaced: each has many positions.
 IMAGES = 256

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import keras
 import numpy as np
@@ -174,7 +174,7 @@ def reconstruct(
             f"reconstruct: logit_blocks must be at most {len(found)}, the blocks of "
             f"{float_model.name}. Got {logit_blocks}"
         )
-    if logit_blocks > 1:
+    if logit_blocks > 1:  # once more, with the last cuts left out
         found = find_blocks(quantized, floating, [block.name for block in found[:-logit_blocks]])
     names = [block.name for block in found]
     counts = _by_pattern(names, steps, block_steps, "block_steps")
@@ -206,17 +206,17 @@ def reconstruct(
     budget = memory / _STREAMS
     losses = Losses(found, floating, logit_weight)
     runner = _Runner(
-        counts,
-        batch_size,
-        drop,
-        rounding,
-        match_means,
-        losses,
-        rates,
-        budget,
-        seed,
-        jit_compile,
-        kept,
+        steps=counts,
+        batch_size=batch_size,
+        drop=drop,
+        rounding=rounding,
+        matches=match_means,
+        losses=losses,
+        rates=rates,
+        budget=budget,
+        seed=seed,
+        jit_compile=jit_compile,
+        kept=kept,
     )
     result = runner.run(found, inputs)
     snap_biases(model)
@@ -260,17 +260,22 @@ def _by_pattern(names, default, by_pattern, who):
     return list(chosen.values())
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Runner:
-    """Goes through the blocks with the two streams."""
+    """Goes through the blocks with the two streams; `steps` and `rates` have one of each block."""
 
-    def __init__(
-        self, steps, batch_size, drop, rounding, matches, losses, rates, budget, seed, jit, kept
-    ):
-        self.steps, self.batch_size, self.drop = steps, batch_size, drop
-        self.rounding, self.matches, self.losses = rounding, matches, losses
-        self.rates, self.budget, self.seed = rates, budget, seed
-        self.jit_compile, self.kept = jit, kept
-        self.done: set[int] = set()
+    steps: list[int]
+    batch_size: int
+    drop: float
+    rounding: str
+    matches: bool
+    losses: Losses
+    rates: list[Rates]
+    budget: float
+    seed: int
+    jit_compile: bool
+    kept: Folder
+    done: set[int] = field(default_factory=set)
 
     def run(self, found, inputs):
         results = []
