@@ -7,10 +7,19 @@ import importlib
 
 # Whatever a saved model may hold is imported, so that Keras can load it; the rest comes when asked
 # for, because all of it together takes longer to import than it should.
-from keras_lowbit import data, layers, optimizers, packed, quantizers, regularizers  # noqa: F401
+from keras_lowbit import (  # noqa: F401
+    data,
+    distillation,
+    layers,
+    named_outputs,
+    optimizers,
+    packed,
+    quantizers,
+    regularizers,
+)
 from keras_lowbit.integer import integer_op as _registered  # noqa: F401
 
-_MODULES = ("analysis", "callbacks", "distillation", "training", "transform", "tuning", "zoo")
+_MODULES = ("analysis", "callbacks", "training", "transform", "tuning", "zoo")
 _NAMES = {
     "NotExportable": "keras_lowbit.integer.values",
     "Scheme": "keras_lowbit.scheme",

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {
         "keras_lowbit.checks",
+        "keras_lowbit.named_outputs",
         "keras_lowbit.numerics",
         "keras_lowbit.progress",
         "keras_lowbit.optimizers",

@@ -17,8 +17,8 @@ from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of
+from keras_lowbit.named_outputs import model_of
 from keras_lowbit.transform.copies import config_of, inputs_like, rebuilt, set_weights
-from keras_lowbit.transform.named_outputs import model_of
 
 _FOLDABLE = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
 

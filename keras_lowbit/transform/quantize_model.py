@@ -23,11 +23,11 @@ from keras_lowbit.kinds import (
     kind_of,
     slope_of,
 )
+from keras_lowbit.named_outputs import model_of
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.copies import config_of, inputs_like, rebuilt, set_weights
 from keras_lowbit.transform.image_grids import ImageGrids
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
-from keras_lowbit.transform.named_outputs import model_of
 from keras_lowbit.transform.plan import STREAM_BITS, Plan
 
 # Quantizers of activations that know of a ReLU6 in front.
