@@ -12,6 +12,24 @@ PACKAGE = "keras_lowbit"
 __all__ = ["Rated", "RatedAdam", "RatedSGD"]
 
 
+def averages(optimizer) -> list[tuple[keras.Variable, keras.Variable]]:
+    """`(variable, its average)` of an optimizer that averages weights (`use_ema`), else nothing.
+
+    Args:
+        optimizer: `None`, or one of Keras, inside a `LossScaleOptimizer` or not.
+    """
+    own = unwrapped(optimizer)
+    if not getattr(own, "use_ema", False) or not own.built:
+        return []
+    # Keras has no public way from a variable to its average; both lists are in one order.
+    return list(zip(own._trainable_variables, own._model_variables_moving_average, strict=True))
+
+
+def unwrapped(optimizer):
+    """What a `LossScaleOptimizer`, which mixed precision brings, makes its steps with."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
 class Rated:
     """Mixin in front of a Keras optimizer: steps at a rate of each variable's own.
 

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.checks import checked_count
+from keras_lowbit.optimizers import unwrapped
 
 
 class AdamResetCosine(keras.callbacks.Callback):
@@ -18,7 +19,9 @@ class AdamResetCosine(keras.callbacks.Callback):
 
     Steps count from epoch 0, so `initial_epoch=`, `BackupAndRestore` and `Resume` go on with the
     rates that an unbroken run has, where the number of steps an epoch is known. At `r = 0` the
-    optimizer's moments are set to zero. With `pi / 4` the cosine falls to 0.71.
+    optimizer's moments and count of steps are set to zero, and averages of weights (`use_ema`)
+    begin anew; the scale of a loss (`LossScaleOptimizer`) stays. With `pi / 4` the cosine falls to
+    0.71.
 
     A `fit` that ends in an exception or by the keyboard leaves the rate of its last step: the next
     `fit` with this callback gives the base rate back first, or call `on_train_end()`.
@@ -84,7 +87,7 @@ class AdamResetCosine(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         optimizer.learning_rate.assign(self.rate(self._step))
         if self._step and self._step % self.period == 0:
-            for variable in optimizer.variables:
+            for variable in unwrapped(optimizer).variables:  # not the scale of the loss
                 if variable is not optimizer.learning_rate:
                     variable.assign(np.zeros(variable.shape, variable.dtype))
         self._step += 1

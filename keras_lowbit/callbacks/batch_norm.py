@@ -7,6 +7,7 @@ import keras
 from keras_lowbit.callbacks.bit_descent import BitDescent
 from keras_lowbit.callbacks.norms import graphs_of, kept, reestimate
 from keras_lowbit.checks import checked_count
+from keras_lowbit.optimizers import averages
 
 
 class BatchNormReestimation(keras.callbacks.Callback):
@@ -103,7 +104,7 @@ class BatchNormReestimation(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """After training that stopped early, or whose averages have replaced the weights."""
-        averaged = getattr(getattr(self.model, "optimizer", None), "use_ema", False)
+        averaged = averages(getattr(self.model, "optimizer", None))
         if self.at_end and (self._stale or averaged):
             self._reestimate()
 

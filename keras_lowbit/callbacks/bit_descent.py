@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_lowbit.callbacks.sites import Site, sites_of
 from keras_lowbit.checks import checked_count
+from keras_lowbit.optimizers import averages
 
 MAX_BITS = 8
 _ROLES = {"weights": ("kernel",), "activations": ("activation",), "both": ("kernel", "activation")}
@@ -124,7 +125,7 @@ def moved_averages(optimizer, scale):
         optimizer: `None`, or one of Keras.
         scale: variable of a quantizer, trained or not; `None` for a quantizer without.
     """
-    average = _average_of(optimizer, scale)
+    average = next((mean for own, mean in averages(optimizer) if own is scale), None)
     if average is None:
         yield
         return
@@ -132,16 +133,6 @@ def moved_averages(optimizer, scale):
     yield
     ratio = ops.convert_to_numpy(scale) / before
     average.assign(ops.convert_to_numpy(average) * ratio)
-
-
-def _average_of(optimizer, variable):
-    if variable is None or not getattr(optimizer, "use_ema", False) or not optimizer.built:
-        return None
-    # Keras has no public way from a variable to its average; both lists are in one order.
-    pairs = zip(
-        optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True
-    )
-    return next((average for trained, average in pairs if trained is variable), None)
 
 
 def _checked_plan(plan) -> dict[int, int]:

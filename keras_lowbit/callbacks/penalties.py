@@ -56,8 +56,10 @@ def attach_penalties(
         known = kernels[name].latent.regularizer
         if known is not None and not isinstance(known, type(penalty)):
             raise ValueError(
-                f"{name}: its kernel has the regularizer {known}; a kernel takes one. Remove "
-                "it from the float model, and let the optimizer decay weights"
+                f"{name}: its kernel has the regularizer {known}; a kernel takes one. If it came "
+                "with the float model, remove it there and let the optimizer decay weights. If a "
+                "callback or an attach_ function put it there, save the model and load it: files "
+                "hold no penalty"
             )
     attached = {}
     new = False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-
 import keras
 import numpy as np
 
@@ -13,9 +11,6 @@ from keras_lowbit.callbacks.switches import add_switches
 from keras_lowbit.checks import checked_count
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.quantizers import Quantizer
-
-# What draws have switched off, so that nobody else's switch is moved.
-_OFF: weakref.WeakSet[Quantizer] = weakref.WeakSet()
 
 
 class StochasticPrecision(keras.callbacks.Callback):
@@ -38,7 +33,8 @@ class StochasticPrecision(keras.callbacks.Callback):
     or by the keyboard amid an epoch leaves what was off in that step off, which the next `fit` with
     this callback mends; without one call `on_train_end()`.
 
-    List it before callbacks that save or export at the end of an epoch. Batch norms see the
+    List it before callbacks that save, export or keep weights (`EarlyStopping`) at the end of an
+    epoch. A model saved amid one is quantized as a whole. Batch norms see the
     deployed network in the last part of the training only: add a `BatchNormReestimation`.
 
     Args:
@@ -148,10 +144,11 @@ class StochasticPrecision(keras.callbacks.Callback):
     def _put(self, drawn):
         for unit, on in zip(self._drawn_for, drawn, strict=True):
             for quantizer in unit:
-                if (quantizer in _OFF) == on:
+                # What a draw has switched off bears a mark, so that nobody else's switch is moved.
+                if quantizer.off_for_a_step == on:
                     _ = self.model  # as above
                     quantizer.set_enabled(bool(on))
-                    (_OFF.discard if on else _OFF.add)(quantizer)
+                    quantizer.off_for_a_step = not on
 
 
 def units_of(model: keras.Model, unit: str = "block") -> list[list[Quantizer]]:

@@ -369,9 +369,9 @@ def checked(recipe: Recipe, path: str) -> Recipe:
         raise ValueError(
             f"{path} [reconstruct]: memory must be positive. Got {recipe.reconstruct.memory}"
         )
-    if any(n < 1 for n in recipe.reconstruct.block_steps.values()):
+    if any(type(n) is not int or n < 1 for n in recipe.reconstruct.block_steps.values()):
         raise ValueError(
-            f"{path} [reconstruct]: block_steps must be at least 1. "
+            f"{path} [reconstruct]: block_steps must be whole numbers, at least 1. "
             f"Got {recipe.reconstruct.block_steps}"
         )
     try:

@@ -20,5 +20,10 @@ class Distiller(keras.distillation.Distiller):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss above."""
+        if y_pred is None:
+            y_pred = self(x, training=training)
+        # Those of this pass through the student alone, which teacher and feature extractors have
+        # not followed yet. From `self`: on JAX the model that fits has the losses of a step.
+        penalties = list(self.losses)
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-        return loss + sum(ops.sum(ops.cast(one, "float32")) for one in self.student.losses)
+        return loss + sum(ops.sum(ops.cast(one, "float32")) for one in penalties)

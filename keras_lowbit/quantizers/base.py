@@ -87,6 +87,8 @@ class Quantizer(keras.layers.Layer):
         self.switch = None
         self.pull = None
         self._initially_enabled = bool(enabled)
+        # Set by whoever switches off for a step and on again: a config does not remember it.
+        self.off_for_a_step = False
         self.axis = (axis,) if isinstance(axis, int) else None if axis is None else tuple(axis)
 
     def build(self, input_shape):
@@ -378,7 +380,7 @@ class Quantizer(keras.layers.Layer):
             "role": self.role,
             "axis": axis,
             # Left out where it is on, so that files are those of earlier versions.
-            **({} if self.enabled else {"enabled": False}),
+            **({} if self.enabled or self.off_for_a_step else {"enabled": False}),
         }
 
 

@@ -78,7 +78,8 @@ class EpochLog(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Add a row, and drop those of this epoch and later ones."""
         rows = [row for row in read_json(self.path, []) if row["epoch"] < epoch]
-        numbers = {key: float(value) for key, value in (logs or {}).items()}
+        # Some metrics are a number for each class.
+        numbers = {k: np.array(ops.convert_to_numpy(v)).tolist() for k, v in (logs or {}).items()}
         write_json([*rows, {"epoch": epoch, "stage": self.stage, **numbers}], self.path)
 
 

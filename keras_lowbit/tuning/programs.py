@@ -71,31 +71,44 @@ def _is_alias(layer, name):
     return name == "depthwise_kernel" and not hasattr(layer, "pointwise_kernel")
 
 
+class LogitsCall(walk.Call):
+    """A product whose fused softmax `execute` leaves out."""
+
+
 def logits(program: walk.Program) -> walk.Program:
     """`program` with each output taken before its softmax, where one ends it.
 
-    A softmax inside a layer with a kernel has no tensor in front of it; `execute` leaves such
-    activations out.
+    A softmax inside a layer with a kernel has no tensor in front of it: such a call becomes a
+    `LogitsCall`. Probabilities that another call reads stay what they are.
     """
-    producers = program.producers()
+    producers, readers = program.producers(), program.readers()
+
+    def ends(ref):
+        """The call of the softmax that ends an output, or `None`."""
+        call = producers.get(ref.index) if isinstance(ref, walk.Ref) else None
+        if call is None or ref.index in readers or kind_of(call) not in ("activation", "product"):
+            return None
+        return call if "softmax" in activation_name(call.operation) else None
 
     def before(ref):
-        call = producers.get(ref.index) if isinstance(ref, walk.Ref) else None
-        if call is None or kind_of(call) != "activation":
-            return ref
-        return call.inputs[0] if "softmax" in activation_name(call.operation) else ref
+        call = ends(ref)
+        return ref if call is None or kind_of(call) == "product" else call.inputs[0]
 
     outputs = keras.tree.map_structure(before, program.outputs)
-    kept = {ref.index for ref in walk.refs(outputs)}
-    dropped = {ref.index for ref in walk.refs(program.outputs) if ref.index not in kept}
-    calls = tuple(c for c in program.calls if not {r.index for r in walk.refs(c.outputs)} & dropped)
+    last = {id(call): call for ref in walk.refs(program.outputs) if (call := ends(ref))}
+    fused = {key for key, call in last.items() if kind_of(call) == "product"}
+    calls = tuple(
+        LogitsCall(**vars(call)) if id(call) in fused else call
+        for call in program.calls
+        if id(call) in fused or id(call) not in last
+    )
     return dataclasses.replace(program, calls=calls, outputs=outputs)
 
 
 def execute(call, args, kwargs):
-    """One call in inference mode; a softmax fused into a product is left out."""
+    """One call in inference mode, a `LogitsCall` without its softmax."""
     operation = call.operation
-    if kind_of(call) != "product" or activation_name(operation) != "softmax":
+    if not isinstance(call, LogitsCall):
         return walk.infer(call, args, kwargs)
     fused, operation.activation = operation.activation, keras.activations.linear
     try:

@@ -207,11 +207,12 @@ def test_kernels_of_one_width_are_passed_by_and_activations_descend():
     assert (kernels, activations) == ([2, 2], [8, 4])
 
 
-def test_averages_of_scales_follow_a_change_of_bits():
+@pytest.mark.parametrize("wrap", [lambda one: one, keras.optimizers.LossScaleOptimizer])
+def test_averages_of_scales_follow_a_change_of_bits(wrap):
     """At 8 to 2 bits a scale grows by 255 / 3; with rates of nothing its average must too."""
     model = tiny.model("w2a2", compiled=False)
     model.compile(
-        keras.optimizers.SGD(0.0, use_ema=True, ema_momentum=0.9),
+        wrap(keras.optimizers.SGD(0.0, use_ema=True, ema_momentum=0.9)),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=False,
     )

@@ -6,6 +6,7 @@ import pytest
 
 from keras_lowbit.callbacks import attach_dampening
 from keras_lowbit.distillation import Distiller, MutualDistiller
+from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.calibrate import calibrate
 from keras_lowbit.transform.quantize_model import quantize_model
 from tests.callbacks import tiny
@@ -15,9 +16,9 @@ def loss():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def distiller(student, student_loss_weight=1.0):
+def distiller(student, student_loss_weight=1.0, teacher=None):
     made = Distiller(
-        teacher=tiny.float_model(),
+        teacher=teacher or tiny.float_model(),
         student=student,
         distillation_losses=keras.distillation.LogitsDistillation(1.0, keras.losses.KLDivergence()),
         student_loss_weight=student_loss_weight,
@@ -41,6 +42,29 @@ def test_penalties_of_the_students_layers_are_in_the_loss():
     assert total(distiller(student), x, y) == pytest.approx(without + added, rel=1e-5)
     # The same sum as the plain model trains on.
     assert total(student, x, y) == pytest.approx(without + added, rel=1e-5)
+
+
+def test_penalties_that_layers_add_in_a_step_count_once():
+    """One step at a rate of 0 with and without the pull on channels' ranges, as the plain model.
+
+    On JAX losses of a step are with the model that fits alone.
+    """
+    x, y = tiny.images(8)
+
+    # Apart: a distiller freezes its teacher, and what is quantized from it would be frozen too.
+    floating, teacher = tiny.float_model(), tiny.float_model()
+
+    def loss_of(weight, distilled):
+        scheme = Scheme(2, 2, activation="channel_balanced", activation_options={"weight": weight})
+        student = calibrate(quantize_model(floating, scheme), x)
+        student.compile(keras.optimizers.SGD(0.0), loss(), jit_compile=False)
+        made = distiller(student, 0.5, teacher) if distilled else student
+        return made.fit(x, y, batch_size=8, verbose=0, shuffle=False).history["loss"][0]
+
+    added = loss_of(50.0, distilled=False) - loss_of(0.0, distilled=False)
+    assert added > 1.0
+    got = loss_of(50.0, distilled=True) - loss_of(0.0, distilled=True)
+    assert got == pytest.approx(added, rel=1e-4)
 
 
 def penalties(model, x):

@@ -43,6 +43,16 @@ def test_after_a_reset_adam_takes_a_first_step():
     assert weight(smooth) == pytest.approx(-0.3135, rel=5e-3)
 
 
+def test_a_reset_under_loss_scaling_leaves_the_scale():
+    """A scale of 0 made every loss and weight after the first reset NaN."""
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(0.1, epsilon=1e-12), initial_scale=8.0
+    )
+    model = fit(AdamResetCosine(period=1, decay=0.0, floor=0.0), optimizer=optimizer)
+    assert weight(model) == pytest.approx(-0.4, rel=1e-5)
+    assert float(ops.convert_to_numpy(optimizer.dynamic_scale)) == 8.0
+
+
 def test_the_rate_moves_within_a_compiled_epoch_and_comes_back():
     """One step at 0.1, then steps at 0.1 exp(-20 t), which move nothing; a reset each time."""
     model = fit(AdamResetCosine(period=1, decay=20.0, floor=0.0))

@@ -123,3 +123,25 @@ def test_shared_names_make_no_cut_where_the_activation_differs():
     low = quantize_model(model, "w4a4")
     assert isinstance(low.get_layer("c").kernel_quantizer, LSQ)
     assert "c" not in blocks._common_cuts(*programs.pair(low, model))
+
+
+def test_a_softmax_amid_the_net_is_computed():
+    """A gate of probabilities inside a product, and probabilities that another output reads."""
+    inputs = keras.Input((6, 5, 3))
+    gate = keras.layers.Conv2D(3, 1, activation="softmax", name="gate")(inputs)
+    hidden = keras.layers.Flatten()(keras.layers.Multiply()([inputs, gate]))
+    read = keras.layers.Dense(4, activation="softmax", name="read")(hidden)
+    also = keras.layers.Softmax(name="also")(keras.layers.Dense(3, name="scores")(hidden))
+    last = keras.layers.Dense(2, activation="softmax", name="last")(
+        keras.layers.Concatenate()([read, also])
+    )
+    model = keras.Model(inputs, [last, read, also])
+    x = np.random.default_rng(0).normal(size=(4, 6, 5, 3)).astype("float32")
+    wanted = [keras.ops.convert_to_numpy(one) for one in model(x)]
+    program = programs.logits(walk.flatten(model))
+    scores, *probabilities = programs.forward(program, [x])
+    for got, want in zip(probabilities, wanted[1:], strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert np.abs(scores.sum(-1) - 1).min() > 1e-3
+    odds = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(odds, wanted[0], rtol=1e-5)
