@@ -147,9 +147,11 @@ def _grid(lowering, call, quantizer):
 def _on_grid(lowering, call, value, quantizer):
     grid = _grid(lowering, call, quantizer)
     name = lowering.tensor_name(call.inputs[0])
+    offset = getattr(quantizer, "offset", 0.0)
     if isinstance(value, Image):
-        offset = getattr(quantizer, "offset", 0.0)
         value = replace(value, offset=value.offset - offset)
+    elif offset and isinstance(value, (Linear, OnGrid)):  # pixels that were moved about before
+        value = _affine(value, 1.0, -offset, call)
     if isinstance(value, OnGrid):
         name = f"{name}_a{grid.bits}"
     return lowering.emitter.put(value, grid, name)

@@ -87,14 +87,31 @@ class Affine(Quantizer):
         return self.uniform_codes(x - self.offset, self.scale_in_use(lo, hi), lo, hi)
 
     def fit_scale(self, x, method="minmax"):
-        """Cover the values of `x`, 0.0 included; a scale given at construction stays."""
+        """Cover the values of `x`, 0.0 included; a scale given at construction stays.
+
+        Raises:
+            ValueError: values that are not those of a given scale: reals between at most 4 codes,
+                or reals 16 times as far apart as the codes reach.
+        """
         if self._initial_scale is not None:
+            self._check(x)
             return
         top, bottom = max(float(x.max()), 0.0), min(float(x.min()), 0.0)
         levels = 2**self.bits - 1
         scale = max((top - bottom) / levels, ranges.SMALLEST_SCALE)
         self.lo.assign(float(np.clip(np.rint(bottom / scale), -levels, 0)))
         self.take_scale(np.asarray(scale, np.float32))
+
+    def _check(self, x):
+        codes = (x - self.offset) / self._initial_scale
+        span, levels = float(codes.max() - codes.min()), 2**self.bits - 1
+        between = float(np.abs(codes - np.rint(codes)).mean()) > 0.05
+        if (span < 4 and between) or span > 16 * levels:
+            raise ValueError(
+                f"{self.path or self.name}: the images span {span:.3g} codes of a grid of "
+                f"{levels + 1}. Behind a Rescaling it is meant for pixels 0..255: give "
+                "quantize_model(..., input_range=(0, 1)), say, the range that your images have"
+            )
 
     def get_config(self):
         """Arguments of the constructor."""

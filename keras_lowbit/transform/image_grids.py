@@ -36,13 +36,13 @@ class ImageGrids:
     def grid(self, ref):
         """`(scale, lowest code, reals of code 0)` of pixels; `None` for an unknown range."""
         call = self.plan.walk_back(ref, BEFORE_GRID)
-        if call is not None:
-            scale, offset = self._scaling(call)
-        elif (ends := self.ranges.get(self.plan.input_of(ref))) is not None:
-            bottom, top = ends
-            scale, offset = (top - bottom) / 255.0, bottom
-        else:
+        ends = self.ranges.get(self.plan.input_of(ref))
+        if call is None and ends is None:
             return None
+        # Rescalings are of pixels 0..255, unless the range says otherwise.
+        gain, shift = (1.0, 0.0) if call is None else self._scaling(call)
+        bottom, top = (0.0, 255.0) if ends is None else ends
+        scale, offset = gain * (top - bottom) / 255.0, gain * bottom + shift
         lo = int(np.clip(np.rint(offset / scale), -255, 0))
         return scale, lo, offset - scale * lo
 

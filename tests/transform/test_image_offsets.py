@@ -133,3 +133,63 @@ def test_the_offset_is_kept_in_files(tmp_path):
     np.testing.assert_array_equal(
         loaded.predict(PIXELS, verbose=0), quantized.predict(PIXELS, verbose=0)
     )
+
+
+RANGES = [
+    ((2.0, -1.0), (0, 1)),
+    ((255.0, 0.0), (0, 1)),
+    ((0.5, 0.5), (-1, 1)),
+    ((1.0, -0.5), (0, 1)),
+]
+
+
+@pytest.mark.parametrize(("scaling", "ends"), RANGES)
+def test_a_rescaling_of_images_that_are_no_pixels(scaling, ends):
+    """The grid is that of `gain * x + shift` for the range of `x`: 256 values keep 256 codes."""
+    data = (PIXELS / np.float32(255) * (ends[1] - ends[0]) + ends[0]).astype("float32")
+    inputs = keras.Input(SHAPE)
+    model = keras.Model(inputs, conv(padding="valid")(K.Rescaling(*scaling)(inputs)))
+    quantized = assert_close(model, data, input_range=ends)
+    graph = integer_graph(quantized, input_type="uint8")
+    made = reference.run(graph, {graph.inputs[0]: PIXELS.astype("uint8")})[graph.outputs[0]]
+    step = graph.tensors[graph.ops[-1].inputs[0]].scale
+    # Exact but for ties of images that float32 cannot hold.
+    apart = np.abs(made - quantized.predict(data, verbose=0)) / step
+    assert apart.max() <= 1.01
+    assert (apart > 0.5).mean() < 0.02
+
+
+@pytest.mark.parametrize("scaling", [(2.0, -1.0), (1 / 127.5, -1.0)])
+def test_images_that_are_not_of_the_grids_range_are_refused(scaling):
+    inputs = keras.Input(SHAPE)
+    model = quantize_model(keras.Model(inputs, conv()(K.Rescaling(*scaling)(inputs))), "w8a8")
+    with pytest.raises(ValueError, match=r"images span .* of 256.*input_range=\(0, 1\)"):
+        calibrate(model, PIXELS / 255)
+    near = quantize_model(keras.Model(inputs, conv()(inputs)), "w8a8", input_range=(0, 1))
+    with pytest.raises(ValueError, match=r"images span 6\.5e\+04 codes of a grid of 256"):
+        calibrate(near, PIXELS)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        K.ZeroPadding2D(1),
+        K.Reshape(SHAPE),
+        K.MaxPooling2D(2),
+        K.UpSampling2D(2),
+        lambda x: x[:, ::2, ::2],
+    ],
+)
+def test_pixels_that_move_before_they_are_rescaled_keep_the_offset(move):
+    """The file's codes are the trained model's; half a code of the image was lost."""
+    inputs = keras.Input(SHAPE)
+    x = K.Rescaling(1 / 127.5, -1.0)(move(inputs))
+    quantized = assert_close(keras.Model(inputs, conv(padding="valid")(x)), PIXELS)
+    graph = integer_graph(quantized)
+    given = {graph.inputs[0]: PIXELS.astype(graph.tensors[graph.inputs[0]].dtype)}
+    made = reference.run(graph, given)[graph.outputs[0]]
+    step = graph.tensors[graph.ops[-1].inputs[0]].scale
+    apart = np.abs(made - quantized.predict(PIXELS, verbose=0)) / step
+    # Float32 sums fall on either side of a tie; the offset was a step in 12 to 32 of 100.
+    assert apart.max() <= 1.01
+    assert (apart > 0.5).mean() < 0.01
