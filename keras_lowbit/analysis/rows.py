@@ -171,7 +171,10 @@ def _between(layer, output_shape, depthwise):
 def _grid_of(ref, producers):
     """The quantizer of the `Quantize` that a tensor of codes comes from; `None` for reals."""
     call = producers.get(ref.index)
-    while call is not None and kind_of(call) in TRANSPARENT:
+    # Pools of codes stay on their grid too.
+    while call is not None and (
+        kind_of(call) in TRANSPARENT or getattr(call.operation, "zero_point", None) is not None
+    ):
         call = producers.get(call.inputs[0].index)
     return call.operation.quantizer if call is not None and kind_of(call) == "quantize" else None
 

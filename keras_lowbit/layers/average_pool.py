@@ -76,7 +76,9 @@ class AveragePooling2D(keras.layers.AveragePooling2D):
         seen = ops.convert_to_tensor(self._seen(codes), means.dtype)
         # Whole sums again: a mean in floats may lie on either side of a half.
         sums = ops.round(ops.stop_gradient(means) * seen) + self.zero_point * seen
-        raw = ops.sign(sums) * ops.floor(ops.abs(sums) / seen + 0.5)
+        # |sum| / seen + 1/2, rounded down, of whole numbers. Half of one too much keeps quotients
+        # off whole numbers, where a compiler that multiplies by 1 / seen falls below.
+        raw = ops.sign(sums) * ops.floor((2 * ops.abs(sums) + seen + 0.5) / (2 * seen))
         return straight_through(raw - self.zero_point, (means, 1.0))
 
     def _axes(self, inputs):

@@ -96,6 +96,17 @@ def _check(program, scheme, model_name):
             f"{model_name} has no layer to quantize: expected Conv2D, DepthwiseConv2D, "
             "SeparableConv2D or Dense."
         )
+    changed = [
+        call.name
+        for call in program.calls
+        if getattr(call.operation, "quantization_mode", None)
+        or getattr(call.operation, "lora_enabled", False)
+    ]
+    if changed:
+        raise ValueError(
+            f"{', '.join(dict.fromkeys(changed))}: quantized by Keras or with LoRA weights. Pass "
+            "the float model before quantize(), or one of plain layers with the merged kernels"
+        )
     first = [
         call.name
         for call in program.calls

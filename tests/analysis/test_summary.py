@@ -296,3 +296,13 @@ def test_a_model_for_images_of_any_size_still_has_a_summary():
     inputs = keras.Input((None, None, 3))
     x = K.GlobalAveragePooling2D()(K.Conv2D(4, 3, name="a")(inputs))
     assert summed(quantize_model(keras.Model(inputs, x), "w8a8"))[0].floats == {}
+
+
+def test_a_pool_of_codes_over_the_border_stays_on_its_grid():
+    inputs = keras.Input((6, 5, 3))
+    x = keras.layers.Conv2D(4, 3, activation="relu")(inputs)
+    x = keras.layers.AveragePooling2D(3, 1, padding="same")(x)
+    x = keras.layers.Conv2D(4, 1)(x)
+    model = quantize_model(keras.Model(inputs, keras.layers.Conv2D(2, 1)(x)), "w4a4")
+    notes = [row.note for row in summary(model).rows]
+    assert "moves codes from 8 to 4 bits" in notes

@@ -8,6 +8,7 @@ from keras import ops
 from keras_lowbit import NotExportable, calibrate, layers, quantize_model
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
+from keras_lowbit.numerics.windows import same_padding
 from tests.gradients import gradient
 
 
@@ -120,3 +121,25 @@ def test_the_trained_model_pools_to_the_codes_of_the_file(relu):
     zero = graph.tensors[pool].zero_point
     means = ops.convert_to_numpy(layer(codes[source].astype("float32") - zero))
     np.testing.assert_array_equal(means, codes[pool].astype("float32") - zero)
+
+
+@pytest.mark.parametrize(("pool", "strides"), [(2, 2), (2, 3), (3, 1), (3, 2), (5, 2)])
+@pytest.mark.parametrize("zero_point", [0, -128])
+def test_compiled_graphs_make_the_codes_of_integers(pool, strides, zero_point):
+    """TensorFlow's graph optimizer moved ties of a mean to the other side: every fifth code."""
+    codes = np.random.default_rng(0).integers(-127, 128, (2, 9, 7, 3))
+    inputs = keras.Input((9, 7, 3))
+    layer = layers.AveragePooling2D(pool, strides, padding="same", zero_point=zero_point)
+    model = keras.Model(inputs, layer(inputs))
+    shifted = codes - zero_point if zero_point else codes
+    found = model.predict(shifted.astype("float32"), verbose=0)
+    pads = [same_padding(n, pool, strides) for n in (9, 7)]
+    for y, x in np.ndindex(found.shape[1:3]):
+        (top, left), (up, beside) = (y * strides, x * strides), (pads[0][0], pads[1][0])
+        rows = slice(max(top - up, 0), top - up + pool)
+        columns = slice(max(left - beside, 0), left - beside + pool)
+        seen = codes[:, rows, columns].reshape(2, -1, 3)
+        total, count = seen.sum(axis=1), seen.shape[1]
+        # Half away from zero, in whole numbers.
+        raw = np.sign(total) * ((2 * np.abs(total) + count) // (2 * count))
+        np.testing.assert_array_equal(found[:, y, x], raw - zero_point if zero_point else raw)

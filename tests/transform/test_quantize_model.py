@@ -441,6 +441,15 @@ def test_without_a_known_range_the_images_decide():
     np.testing.assert_allclose([low * scale, high * scale], [-0.5, 2.0], atol=0.02)
 
 
+@pytest.mark.parametrize("change", [lambda d: d.quantize("int8"), lambda d: d.enable_lora(2)])
+def test_layers_that_keras_quantized_or_adapted_are_refused(change):
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4, name="d")])
+    model = keras.Model(model.inputs, keras.layers.Dense(2, name="e")(model.outputs[0]))
+    change(model.get_layer("d"))
+    with pytest.raises(ValueError, match=r"^d.*: quantized by Keras or with LoRA weights\. Pass"):
+        quantize_model(model, "w8a8")
+
+
 # --- training ---------------------------------------------------------------------------------
 
 
