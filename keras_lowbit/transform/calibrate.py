@@ -9,6 +9,8 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit import walk
+from keras_lowbit.checks import checked_count
+from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.progress import track
 from keras_lowbit.quantizers import Quantizer
 from keras_lowbit.transform.batches import Batches
@@ -46,12 +48,20 @@ def calibrate(
         The model.
 
     Raises:
-        ValueError: no images, NaN, shapes or input names that are not the model's, or a data set
-            without end and no `steps`.
+        ValueError: a model without quantizers, no images, NaN, shapes or input names that are not
+            the model's, numbers below 1, or a data set without end and no `steps`.
     """
     if method not in METHODS:
         raise ValueError(f"calibrate: method must be one of {METHODS}. Got {method!r}")
+    checked_count(batch_size, who="calibrate: batch_size", least=1)
+    checked_count(samples, who="calibrate: samples", least=1)
     program = walk.flatten(model)
+    owners = (call.operation for call in program.calls)
+    if not any(activation_quantizers(layer) or kernels(layer) for layer in owners):
+        raise ValueError(
+            f"calibrate: {model.name} has no quantizer. Pass what quantize_model(model) returns; "
+            "frozen models have their scales"
+        )
     batches = Batches(program, images, batch_size, steps)
     for call in program.calls:
         fit_kernels(call.operation)
@@ -81,7 +91,10 @@ class _Reservoir:
         flat = x.reshape(len(x), -1)
         top = np.abs(flat).max()
         if not np.isfinite(top):
-            raise ValueError(f"Values at {quantizer.name} are not finite: check the float model")
+            raise ValueError(
+                f"Values at {quantizer.path or quantizer.name} are not finite: check images and "
+                "weights of the float model"
+            )
         if getattr(quantizer, "keeps_channels", False):
             self._add_rows(quantizer, x)
             return

@@ -31,6 +31,11 @@ def pair(model, float_model) -> tuple[walk.Program, walk.Program]:
         ValueError: their layers with weights differ in name, kind or kernel shape.
     """
     quantized, floating = walk.flatten(model), walk.flatten(float_model)
+    if not any(kernels(call.operation) for call in quantized.calls):
+        raise ValueError(
+            f"{model.name} has no quantized layer: pass the quantized model first, the float one "
+            "second"
+        )
     ours = {plain(c.name): _identity(c) for c in quantized.calls if kind_of(c) in _WEIGHTED}
     theirs = {plain(c.name): _identity(c) for c in floating.calls if kind_of(c) in _WEIGHTED}
     odd = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]

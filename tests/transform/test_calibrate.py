@@ -265,3 +265,20 @@ def test_a_given_input_range_is_kept():
     model = net(input_range=(-1, 1))
     calibrate(model, images(low=-0.25, high=0.25))
     np.testing.assert_allclose(scales(model)["image_quantize"], 2 / 255, rtol=1e-6)
+
+
+def test_a_model_without_quantizers_is_no_silent_success():
+    inputs = keras.Input((6, 5, 3))
+    model = keras.Model(inputs, keras.layers.Conv2D(2, 3)(inputs), name="plain")
+    with pytest.raises(ValueError, match=r"plain has no quantizer\. Pass what quantize_model"):
+        calibrate(model, images())
+    for arguments in ({"batch_size": -1}, {"batch_size": 0}, {"samples": 0}):
+        with pytest.raises(ValueError, match=r"calibrate: \w+ must be a whole number"):
+            calibrate(net(), images(), **arguments)
+
+
+def test_values_that_are_not_finite_are_placed():
+    model = net()
+    model.get_layer("conv").bias.assign(np.float32([np.nan] * 4))
+    with pytest.raises(ValueError, match=r"Values at relu_quantize/.* are not finite"):
+        calibrate(model, images())

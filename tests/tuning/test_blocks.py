@@ -99,6 +99,12 @@ def test_other_float_models_are_refused_by_the_first_layer_that_differs():
         programs.pair(low, other)
 
 
+def test_models_in_the_wrong_order_are_refused():
+    model = mobile()
+    with pytest.raises(ValueError, match=r"mobile has no quantized layer: pass"):
+        programs.pair(model, quantize_model(model, "w4a4"))
+
+
 def test_logits_lie_before_a_softmax_wherever_it_stands():
     fused = mobile(softmax=True)
     plain = mobile()
