@@ -47,7 +47,14 @@ def test_whole_numbers_are_taken_for_reals(tmp_path):
         ("[reconstruct]\nsteps = -1", "[reconstruct]: steps must be at least 0. Got -1"),
         ("[reconstruct]\ndrop = 1.5", "[reconstruct]: drop must lie in 0..1. Got 1.5"),
         ("[reconstruct]\nlogit_weight = inf", "[reconstruct]: logit_weight must be at least 0"),
-        ("[reconstruct]\nblock_steps = { a = 0 }", "[reconstruct]: block_steps must be at least 1"),
+        (
+            "[reconstruct]\nblock_steps = { a = 0 }",
+            "[reconstruct]: block_steps must be whole numbers, at",
+        ),
+        (
+            '[reconstruct]\nblock_steps = { a = "b" }',
+            "[reconstruct]: block_steps must be whole numbers",
+        ),
         ("[reconstruct]\nrates = { biases = 0 }", "rates are of ['codes_4bit', 'codes_8bit', 'b"),
         ("[reconstruct]\nrates = { bias = 1.0 }", "rates are of ['codes_4bit', 'codes_8bit', 'b"),
         ("[reconstruct]\nrates = { biases = 'a' }", "rates are of ['codes_4bit', 'codes_8bit', 'b"),

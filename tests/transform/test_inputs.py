@@ -96,12 +96,12 @@ def test_what_is_no_range_is_refused(given, sentence):
         quantize_model(pair_model(), "w8a8", input_range=given)
 
 
-@pytest.mark.parametrize("copy", [lambda m: quantize_model(m, "w8a8"), fold_batchnorm])
+@pytest.mark.parametrize("copy", [lambda m: m, fold_batchnorm])
 def test_a_fixed_batch_size_stays_and_is_what_calibrate_takes(copy):
     inputs = keras.Input(batch_shape=(4, *SHAPE), name="image")
     x = ops.reshape(K.Conv2D(4, 3, name="conv")(inputs), (4, -1))
     model = keras.Model(inputs, K.Dense(2, name="head")(x))
-    made = copy(model)
+    made = quantize_model(copy(model), "w8a8")
     assert made.inputs[0].shape == (4, *SHAPE)
     data = RANDOM.uniform(-1, 1, (8, *SHAPE)).astype("float32")
     calibrate(made, data)
