@@ -87,14 +87,8 @@ class Affine(Quantizer):
         return self.uniform_codes(x - self.offset, self.scale_in_use(lo, hi), lo, hi)
 
     def fit_scale(self, x, method="minmax"):
-        """Cover the values of `x`, 0.0 included; a scale given at construction stays.
-
-        Raises:
-            ValueError: values that are not those of a given scale: reals between at most 4 codes,
-                or reals 16 times as far apart as the codes reach.
-        """
+        """Cover the values of `x`, 0.0 included; a scale given at construction stays."""
         if self._initial_scale is not None:
-            self._check(x)
             return
         top, bottom = max(float(x.max()), 0.0), min(float(x.min()), 0.0)
         levels = 2**self.bits - 1
@@ -102,7 +96,14 @@ class Affine(Quantizer):
         self.lo.assign(float(np.clip(np.rint(bottom / scale), -levels, 0)))
         self.take_scale(np.asarray(scale, np.float32))
 
-    def _check(self, x):
+    def check_images(self, x):
+        """See that `x`, values of images, is of the range that a given scale was made for.
+
+        Raises:
+            ValueError: reals between at most 4 codes, or 16 times as far apart as the codes reach.
+        """
+        if self._initial_scale is None:
+            return
         codes = (x - self.offset) / self._initial_scale
         span, levels = float(codes.max() - codes.min()), 2**self.bits - 1
         between = float(np.abs(codes - np.rint(codes)).mean()) > 0.05

@@ -10,16 +10,19 @@ from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.checks import checked_count
+from keras_lowbit.kinds import kind_of
 from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.progress import track
-from keras_lowbit.quantizers import Quantizer
+from keras_lowbit.quantizers import Affine, Quantizer
 from keras_lowbit.transform.batches import Batches
 from keras_lowbit.transform.kernels import fit_kernels
+from keras_lowbit.transform.plan import BEFORE_GRID
 from keras_lowbit.transform.snap_biases import snap_biases
 
 METHODS = ("mse", "minmax", "percentile")
 # Values kept of each tensor for the search of its scale; more do not move 8-bit scales.
 SAMPLES = 200_000
+_OF_IMAGES = BEFORE_GRID | {"rescaling"}
 _ACTIVATION_QUANTIZERS = ("quantizer", "input_quantizer", "between_quantizer", "output_quantizer")
 
 
@@ -73,9 +76,29 @@ def calibrate(
                 for a, ref in zip(batch, program.inputs, strict=True)
             ]
             walk.forward(program, feeds)
-    for quantizer, x in reservoir.collected():
+    of_images = _image_grids(program)
+    collected = list(reservoir.collected())
+    for quantizer, x in collected:
+        if id(quantizer) in of_images:
+            quantizer.check_images(x)
+    for quantizer, x in collected:
         quantizer.fit_scale(x, method)
     return snap_biases(model)
+
+
+def _image_grids(program) -> set[int]:
+    """Identities of the quantizers that read inputs, moved about or rescaled at most."""
+    producers, found = program.producers(), set()
+    for call in program.calls:
+        quantizer = getattr(call.operation, "quantizer", None)
+        if kind_of(call) != "quantize" or not isinstance(quantizer, Affine):
+            continue
+        before = producers.get(call.inputs[0].index)
+        while before is not None and kind_of(before) in _OF_IMAGES:
+            before = producers.get(before.inputs[0].index)
+        if before is None:
+            found.add(id(quantizer))
+    return found
 
 
 class _Reservoir:
