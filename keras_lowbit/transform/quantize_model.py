@@ -337,8 +337,11 @@ class _Builder:
         return self._dequantized(pair, self._tensor_name(ref))
 
     def _output(self, ref):
-        if self.plan.makes_probabilities(ref) or not any(
-            kind_of(c) == "product" for c in self.plan.ancestors(ref)
+        whole = "float" not in ref.dtype  # such as the classes of an argmax
+        if (
+            whole
+            or self.plan.makes_probabilities(ref)
+            or not any(kind_of(c) == "product" for c in self.plan.ancestors(ref))
         ):
             return self._values(ref)
         return self._logits(ref)

@@ -441,6 +441,18 @@ def test_without_a_known_range_the_images_decide():
     np.testing.assert_allclose([low * scale, high * scale], [-0.5, 2.0], atol=0.02)
 
 
+def test_outputs_that_are_whole_numbers_get_no_grid():
+    """An 8-bit grid would leave 256 of 300 classes."""
+    inputs = keras.Input(SHAPE)
+    scores = K.Dense(300, name="scores")(K.Flatten()(inputs))
+    model = keras.Model(inputs, [scores, ops.argmax(scores, axis=-1)])
+    quantized = calibrate(quantize_model(model, "w8a8"), images(64))
+    found = quantized.predict(images(64), verbose=0)[1]
+    wanted = model.predict(images(64), verbose=0)[1]
+    assert np.issubdtype(found.dtype, np.integer)
+    assert (found == wanted).mean() > 0.8
+
+
 @pytest.mark.parametrize("change", [lambda d: d.quantize("int8"), lambda d: d.enable_lora(2)])
 def test_layers_that_keras_quantized_or_adapted_are_refused(change):
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4, name="d")])
