@@ -16,11 +16,15 @@ def loss():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def distiller(student, student_loss_weight=1.0, teacher=None):
+def distiller(student, student_loss_weight=1.0, teacher=None, of_features=False):
+    if of_features:
+        wanted = keras.distillation.FeatureDistillation("mse", "relu2", "relu2_dequantize")
+    else:
+        wanted = keras.distillation.LogitsDistillation(1.0, keras.losses.KLDivergence())
     made = Distiller(
         teacher=teacher or tiny.float_model(),
         student=student,
-        distillation_losses=keras.distillation.LogitsDistillation(1.0, keras.losses.KLDivergence()),
+        distillation_losses=wanted,
         student_loss_weight=student_loss_weight,
     )
     made.compile(keras.optimizers.SGD(0.0), loss(), jit_compile=False)
@@ -44,10 +48,14 @@ def test_penalties_of_the_students_layers_are_in_the_loss():
     assert total(student, x, y) == pytest.approx(without + added, rel=1e-5)
 
 
-def test_penalties_that_layers_add_in_a_step_count_once():
+# Of Keras' extractors of features, which take a list of the one input.
+@pytest.mark.filterwarnings(r"ignore:(?s).*structure of `inputs`:UserWarning")
+@pytest.mark.parametrize("of_features", [False, True])
+def test_penalties_that_layers_add_in_a_step_count_once(of_features):
     """One step at a rate of 0 with and without the pull on channels' ranges, as the plain model.
 
-    On JAX losses of a step are with the model that fits alone.
+    Extractors of features run the student once more, and on JAX losses of a step are with the
+    model that fits alone.
     """
     x, y = tiny.images(8)
 
@@ -58,7 +66,7 @@ def test_penalties_that_layers_add_in_a_step_count_once():
         scheme = Scheme(2, 2, activation="channel_balanced", activation_options={"weight": weight})
         student = calibrate(quantize_model(floating, scheme), x)
         student.compile(keras.optimizers.SGD(0.0), loss(), jit_compile=False)
-        made = distiller(student, 0.5, teacher) if distilled else student
+        made = distiller(student, 0.5, teacher, of_features) if distilled else student
         return made.fit(x, y, batch_size=8, verbose=0, shuffle=False).history["loss"][0]
 
     added = loss_of(50.0, distilled=False) - loss_of(0.0, distilled=False)
