@@ -234,3 +234,25 @@ def test_an_interrupted_fit_is_mended_by_the_next_or_by_hand():
     assert not any(site.quantizer.enabled for site in sites_of(model))
     draws.on_train_end()
     assert all(site.quantizer.enabled for site in sites_of(model))
+
+
+def test_a_model_saved_amid_a_step_is_quantized_as_a_whole(tmp_path):
+    """All units are off in each step of `p0 = p1 = 0`; others' switches stay what they are."""
+    path = tmp_path / "m.keras"
+    model = tiny.model("w4a4")
+    add_switches(model, [site.quantizer for site in sites_of(model)])
+    held_back = sites_of(model)[0].quantizer
+    held_back.set_enabled(False)
+    off = []
+
+    def save(batch, logs):
+        _ = watch.model  # On JAX variables hold their values only after this.
+        off.append(sum(not site.quantizer.enabled for site in sites_of(model)))
+        model.save(path)
+
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=save)
+    tiny.train(model, [StochasticPrecision(p0=0.0, p1=0.0), watch], epochs=1)
+    assert off[-1] == len(sites_of(model))
+    loaded = keras.models.load_model(path)
+    assert [s.quantizer.enabled for s in sites_of(loaded)].count(False) == 1
+    assert not sites_of(loaded)[0].quantizer.enabled

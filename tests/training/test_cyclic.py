@@ -342,3 +342,10 @@ def test_variables_that_callbacks_add_are_no_part_of_what_is_kept(tmp_path):
     files.read_state(other, tmp_path / "run" / "exit_001.npz")
     for a, b in zip(kept, other.trainable_variables, strict=True):
         np.testing.assert_array_equal(a, ops.convert_to_numpy(b))
+
+
+def test_metrics_by_class_are_logged_as_lists(tmp_path):
+    log = files.EpochLog(tmp_path / "epochs.json", 2)
+    log.on_epoch_end(0, {"loss": np.float32(0.5), "f1": np.float32([0.25, 1.0])})
+    (row,) = files.read_json(tmp_path / "epochs.json", [])
+    assert row == {"epoch": 0, "stage": 2, "loss": 0.5, "f1": [0.25, 1.0]}
