@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import keras
 import numpy as np
@@ -130,6 +130,14 @@ def kind_of(call: Call) -> str | None:
     if name in _ARITHMETIC and len(call.inputs) == 1:
         return None if scaling_of(call) is None else "rescaling"
     return _OPERATIONS.get(name)
+
+
+def walk_back(producers: Mapping[int, Call], ref: Ref, kinds) -> Call | None:
+    """The first producer behind `ref` whose kind is not in `kinds`; `None` at an input."""
+    call = producers.get(ref.index)
+    while call is not None and kind_of(call) in kinds:
+        call = producers.get(call.inputs[0].index)
+    return call
 
 
 def own_bias(call: Call) -> keras.Variable | None:

@@ -34,8 +34,8 @@ class StochasticPrecision(keras.callbacks.Callback):
     this callback mends; without one call `on_train_end()`.
 
     List it before callbacks that save, export or keep weights (`EarlyStopping`) at the end of an
-    epoch. A model saved amid one is quantized as a whole. Batch norms see the
-    deployed network in the last part of the training only: add a `BatchNormReestimation`.
+    epoch. A model saved amid one is quantized as a whole. Batch norms see the deployed network in
+    the last part of the training only: add a `BatchNormReestimation`.
 
     Args:
         p0: probability at the start, 0..1.

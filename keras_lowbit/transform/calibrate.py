@@ -10,19 +10,18 @@ from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.checks import checked_count
-from keras_lowbit.kinds import kind_of
+from keras_lowbit.kinds import kind_of, walk_back
 from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.progress import track
 from keras_lowbit.quantizers import Affine, Quantizer
 from keras_lowbit.transform.batches import Batches
 from keras_lowbit.transform.kernels import fit_kernels
-from keras_lowbit.transform.plan import BEFORE_GRID
+from keras_lowbit.transform.plan import OF_IMAGES
 from keras_lowbit.transform.snap_biases import snap_biases
 
 METHODS = ("mse", "minmax", "percentile")
 # Values kept of each tensor for the search of its scale; more do not move 8-bit scales.
 SAMPLES = 200_000
-_OF_IMAGES = BEFORE_GRID | {"rescaling"}
 _ACTIVATION_QUANTIZERS = ("quantizer", "input_quantizer", "between_quantizer", "output_quantizer")
 
 
@@ -93,10 +92,7 @@ def _image_grids(program) -> set[int]:
         quantizer = getattr(call.operation, "quantizer", None)
         if kind_of(call) != "quantize" or not isinstance(quantizer, Affine):
             continue
-        before = producers.get(call.inputs[0].index)
-        while before is not None and kind_of(before) in _OF_IMAGES:
-            before = producers.get(before.inputs[0].index)
-        if before is None:
+        if walk_back(producers, call.inputs[0], OF_IMAGES) is None:
             found.add(id(quantizer))
     return found
 

@@ -22,6 +22,7 @@ from keras_lowbit.kinds import (
     kind_of,
     limit_of,
     scaling_of,
+    walk_back,
     windows_of,
 )
 from keras_lowbit.numerics.windows import reaches_over
@@ -29,6 +30,8 @@ from keras_lowbit.numerics.windows import reaches_over
 STREAM_BITS = 8
 # What may stand between an input and the grid of its pixels, a Rescaling aside.
 BEFORE_GRID = TRANSPARENT | {"augmentation"}
+# Calls that leave an image one.
+OF_IMAGES = BEFORE_GRID | {"rescaling"}
 # Calls that scale and shift channels.
 _MELTING = frozenset({"batch_norm", "rescaling"})
 _STREAM_READERS = frozenset({"add", "multiply", "average_pool", "global_average_pool"})
@@ -150,10 +153,7 @@ class Plan:
 
     def walk_back(self, ref, kinds):
         """The first producer behind `ref` whose kind is not in `kinds`; `None` at an input."""
-        call = self.producers.get(ref.index)
-        while call is not None and kind_of(call) in kinds:
-            call = self.producers.get(call.inputs[0].index)
-        return call
+        return walk_back(self.producers, ref, kinds)
 
     def _root_is_sum(self, ref):
         call = self.walk_back(ref, {"activation"})
@@ -161,7 +161,7 @@ class Plan:
 
     def is_image(self, ref):
         """Whether `ref` is a model input, moved about or rescaled by one number at most."""
-        return self.walk_back(ref, BEFORE_GRID | {"rescaling"}) is None
+        return self.walk_back(ref, OF_IMAGES) is None
 
     @staticmethod
     def _passes_image(call):
@@ -173,7 +173,7 @@ class Plan:
         An `Embedding` cannot: on 8 bits its indices would be others.
         """
         kind = kind_of(call)
-        if kind not in BEFORE_GRID | {"rescaling"}:
+        if kind not in OF_IMAGES:
             return kind is not None
         return any(self._meets_a_grid(c) for c in self.readers.get(call.output.index, []))
 

@@ -66,9 +66,8 @@ def quantize_model(model, scheme="w8a8", *, input_range=None, name=None) -> kera
         input_range: reals of pixel 0 and pixel 255 when images arrive preprocessed, such as
             `(-1, 1)`: every pixel value then keeps a code of its own. A model that starts with
             `Rescaling` needs none for pixels 0..255; without either, `calibrate` takes the range
-            from its images.
-            Of several inputs a pair is meant for those of height, width and channels; a mapping
-            of input names to pairs says it one by one.
+            from its images. Of several inputs a pair is meant for those of height, width and
+            channels; a mapping of input names to pairs says it one by one.
         name: name of the new model.
 
     Returns:

@@ -146,6 +146,7 @@ def test_a_softmax_amid_the_net_is_computed():
     wanted = [keras.ops.convert_to_numpy(one) for one in model(x)]
     program = programs.logits(walk.flatten(model))
     scores, *probabilities = programs.forward(program, [x])
+    # A program runs call by call, a model as a whole: sums in float32 of another order.
     for got, want in zip(probabilities, wanted[1:], strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5)
     assert np.abs(scores.sum(-1) - 1).min() > 1e-3
