@@ -86,6 +86,35 @@ def build_float(name: str, weights: str = "", **options) -> keras.Model:
     return model
 
 
+def build_teacher(name: str, float_model: keras.Model) -> keras.Model:
+    """A model to distill from: one of the zoo or of a `.keras` file.
+
+    Args:
+        name: what `zoo.load` takes, or a path that ends in `.keras`.
+        float_model: takes the same images and gives as many logits.
+
+    Raises:
+        ValueError: an unknown name, a missing or damaged file, a model that is not float, other
+            images or outputs.
+    """
+    teacher = load_model(name) if name.endswith(".keras") else zoo.load(name)
+    if kind(teacher) != "float":
+        raise ValueError(f"teacher {name} is {kind(teacher)}; give a float model")
+    fits = all(
+        len(got) == len(wanted) and all(a in (None, b) for a, b in zip(got, wanted, strict=True))
+        for got, wanted in (
+            (teacher.input_shape, float_model.input_shape),
+            (teacher.output_shape, float_model.output_shape),
+        )
+    )
+    if not fits:
+        raise ValueError(
+            f"teacher {name} takes {teacher.input_shape} and gives {teacher.output_shape}; "
+            f"the student takes {float_model.input_shape} and gives {float_model.output_shape}"
+        )
+    return teacher
+
+
 def kind(model: keras.Model) -> str:
     """`"float"`, `"quantized"` or `"frozen"`."""
     if any(isinstance(layer, IntegerOp) for layer in model.layers):

@@ -137,6 +137,8 @@ class Train:
     which two images and their targets are mixed; 0 for none.
     `bit_descent` maps an epoch (a string in TOML) to bits. `distill` mixes in the logits of the
     float model: loss = (1 - distill) * cross-entropy + distill * T^2 * KL(teacher, student).
+    `teacher`: a name of `zoo.load` or a `.keras` file, whose logits these are in place of the
+    recipe's own float model; with it a float model is distilled into, too.
     `reestimate_batches`: batches, augmented as in training, from which batch norms take their
     statistics after the last epoch.
     `xla` is for TensorFlow (JAX always compiles, PyTorch never): `"auto"` leaves the choice to
@@ -159,6 +161,7 @@ class Train:
     mixup: float = 0.0
     bit_descent: dict[str, int] = field(default_factory=dict)
     distill: float = 0.0
+    teacher: str = ""
     temperature: float = 1.0
     reestimate_batches: int = 0
     xla: str = "auto"
@@ -354,10 +357,16 @@ def checked(recipe: Recipe, path: str) -> Recipe:
         raise ValueError(f"{path} [model]: rescale needs fold = true, batch norms in the kernels")
     if scheme is None and recipe.train.bit_descent:
         raise ValueError(f"{path} [train]: bit_descent needs a [quantize] scheme below 8 bits")
-    if scheme is None and recipe.train.distill:
-        raise ValueError(f"{path} [train]: distill needs a [quantize] scheme: a quantized student")
-    if recipe.pretrain.bit_descent or recipe.pretrain.distill:
-        raise ValueError(f"{path} [pretrain]: bit_descent and distill belong to [train]")
+    if scheme is None and recipe.train.distill and not recipe.train.teacher:
+        raise ValueError(
+            f"{path} [train]: distill needs a [quantize] scheme, a quantized student, or a teacher"
+        )
+    if recipe.train.teacher and not (recipe.train.distill and recipe.train.epochs):
+        raise ValueError(f"{path} [train]: teacher needs distill and epochs above 0")
+    if recipe.train.teacher and recipe.methods.mutual:
+        raise ValueError(f"{path} [train]: teacher is frozen; mutual trains the float model")
+    if recipe.pretrain.bit_descent or recipe.pretrain.distill or recipe.pretrain.teacher:
+        raise ValueError(f"{path} [pretrain]: bit_descent, distill and teacher belong to [train]")
     if recipe.reconstruct.drop > 1:
         raise ValueError(
             f"{path} [reconstruct]: drop must lie in 0..1. Got {recipe.reconstruct.drop}"

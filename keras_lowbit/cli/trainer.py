@@ -73,11 +73,14 @@ def run_recipe(
         raise ValueError(f"{recipe.name}: tuning needs [data] holdout above 0")
     given = recipe.model
     if recipe.train.distill and not (
-        given.weights or recipe.pretrain.epochs or Path(given.architecture).suffix
+        given.weights
+        or recipe.pretrain.epochs
+        or Path(given.architecture).suffix
+        or recipe.train.teacher
     ):
         raise ValueError(
             f"{recipe.name} [train]: distill needs a trained float model. Give [pretrain] epochs, "
-            "or weights"
+            "weights or a teacher"
         )
     settings = dataclasses.asdict(recipe)
     settings["export"]["weights"] = list(settings["export"]["weights"])
@@ -92,9 +95,10 @@ def run_recipe(
     if recipe.data.holdout:
         chosen = datasets.holdout(dataset, recipe.data.holdout, recipe.data.seed)
     model = float_model(recipe, dataset)
+    teacher = recipe.train.teacher and files.build_teacher(recipe.train.teacher, model)
     out.mkdir(parents=True, exist_ok=True)
     stages = Stages(out, job)
-    return _Run(recipe, out, stages, chosen, resume, verbose).finish(
+    return _Run(recipe, out, stages, chosen, resume, verbose, teacher or None).finish(
         model, chosen if tune else dataset
     )
 
@@ -136,6 +140,7 @@ class _Run:
     chosen: datasets.Dataset
     resume: bool
     verbose: int
+    teacher: keras.Model | None  # in place of the float model, where logits are distilled
 
     def finish(self, model, judged) -> dict:
         """All stages in order; the metrics."""
@@ -178,8 +183,11 @@ class _Run:
                 f"and measures it without:\n  {listed}"
             )
 
-    def _trained(self, name, model, train, teacher):
-        """The model after a `fit`, from its file where that is finished."""
+    def _trained(self, name, model, train, original):
+        """The model after a `fit`, from its file where that is finished.
+
+        `original`: the float model that a quantized one is made of.
+        """
         path = self.out / f"{name}.keras"
         if name == "float" and not train.epochs:
             return model
@@ -189,20 +197,20 @@ class _Run:
         # Before it is trained: a run that is cut short must not find the results of the last one.
         self.stages.forget_from(name)
         if model is None:
-            model = quantized(teacher, self.recipe, self.chosen)
+            model = quantized(original, self.recipe, self.chosen)
         backup = self.out / f"backup_{name}"
 
         def work():
             started = time.perf_counter()
-            if name == "model" and teacher is not None:
-                self._reconstructed(model, teacher)
+            if name == "model" and original is not None:
+                self._reconstructed(model, original)
             if train.epochs:
                 fit(
                     model,
                     train,
                     self.chosen,
                     methods=self.recipe.methods if name == "model" else None,
-                    teacher=teacher,
+                    teacher=self.teacher or original,
                     held_out=self.chosen if self.recipe.data.holdout else None,
                     history=self._history(name),
                     backup=backup if self.resume else None,

@@ -274,6 +274,55 @@ def test_the_teacher_of_a_recipe_has_its_batch_norms_folded_and_the_same_logits(
     )
 
 
+def stubborn(made, tmp_path, digit=3, classes=10):
+    """File of a float model that always says one digit."""
+    body = files.load_model(made / "float.keras")
+    features = body.layers[-1].input
+    head = keras.layers.Dense(classes, kernel_initializer="zeros", name="always")
+    model = keras.Model(body.input, head(features))
+    head.bias.assign(12.0 * np.eye(classes, dtype="float32")[digit])
+    path = tmp_path / f"always_{digit}_of_{classes}.keras"
+    model.save(path)
+    return path
+
+
+@pytest.mark.parametrize("scheme", ["", "w4a4"])
+def test_another_teacher_than_the_float_model_is_what_a_recipe_distills_from(
+    run, recipe, tmp_path, made, scheme
+):
+    path = recipe(
+        quantize={"scheme": scheme},
+        train={
+            "epochs": 2,
+            "learning_rate": 0.05,
+            "distill": 1.0,
+            "teacher": str(stubborn(made, tmp_path)),
+        },
+        export={"weights": []},
+    )
+    outcome = run("train", path, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1)).astype("float32")
+    logits = files.load_model(tmp_path / "out" / "model.keras")(pixels)
+    assert (ops.convert_to_numpy(logits).argmax(-1) == 3).all()
+
+
+def test_teachers_that_cannot_teach_are_refused_before_anything_is_trained(
+    run, recipe, tmp_path, made
+):
+    for teacher, message in (
+        (stubborn(made, tmp_path, classes=7), "gives (None, 7); the student takes"),
+        (made / "w4a4.keras", "w4a4.keras is quantized; give a float model"),
+        ("resnet21_cifar100", "No released model 'resnet21_cifar100'. Did you mean"),
+        (tmp_path / "none.keras", "no such file"),
+    ):
+        path = recipe(train={"epochs": 1, "distill": 0.5, "teacher": str(teacher)})
+        outcome = run("train", path, "--out", tmp_path / "out")
+        assert outcome.code == 2
+        assert message in outcome.error
+        assert not (tmp_path / "out").exists()
+
+
 def test_distillation_needs_logits(run, recipe, tmp_path, made):
     model = files.load_model(made / "float.keras")
     outputs = keras.layers.Softmax(name="probabilities")(model.output)
