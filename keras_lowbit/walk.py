@@ -6,8 +6,9 @@ Functional, Sequential and nested models come out as one flat list, in execution
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ class Call:
         args: positional arguments with `Ref` in place of tensors.
         kwargs: keyword arguments likewise.
         outputs: the result's structure with `Ref`.
+        plain: what a copy of the operation is called in a model without nested ones
+            (`backbone_conv1`): a name of its own for each operation and input of the program.
     """
 
     operation: Any
@@ -42,6 +45,7 @@ class Call:
     args: tuple
     kwargs: Mapping[str, Any]
     outputs: Any
+    plain: str = ""
 
     @property
     def inputs(self) -> list[Ref]:
@@ -159,7 +163,31 @@ def flatten(model: keras.Model) -> Program:
     names = tuple(layers[id(t)] for t in graph.inputs)
     visit(graph, known, "")
     outputs = keras.tree.map_structure(lambda t: known[id(t)], graph.output)
-    return Program(tuple(calls), inputs, names, outputs, tuple(graph.output_names))
+    return Program(_named(calls, names), inputs, names, outputs, tuple(graph.output_names))
+
+
+def plain(name: str) -> str:
+    """A name without what separates nested models and scopes."""
+    return name.replace("/", "_").replace(":", "_")
+
+
+def unused(name: str, taken: Collection[str]) -> str:
+    """`name`, or `name_2`, `name_3` and so on: the first that is not taken."""
+    found, n = name, 1
+    while found in taken:
+        n += 1
+        found = f"{name}_{n}"
+    return found
+
+
+def _named(calls, inputs) -> tuple[Call, ...]:
+    """The calls with their plain names: `n/c` and `n_c` may meet in one model."""
+    taken, own = set(inputs), {}
+    for call in calls:
+        if id(call.operation) not in own:
+            own[id(call.operation)] = unused(plain(call.name), taken)
+            taken.add(own[id(call.operation)])
+    return tuple(dataclasses.replace(call, plain=own[id(call.operation)]) for call in calls)
 
 
 def _fed(inner, args, kwargs) -> list[Ref]:

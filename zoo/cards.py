@@ -142,12 +142,19 @@ def how(recipe) -> str:
             f"distillation of the whole without labels, {whole['steps']} steps of "
             f"{whole['batch_size']} images"
         )
+    before = recipe["pretrain"]
+    if before["epochs"]:
+        parts.append(f"{_fitted(before)}, as a float model")
     if train["epochs"]:
+        taught = f" from {train['teacher']}" if train.get("teacher") else ""
         parts.append(
-            f"{train['epochs']} epochs, batch {train['batch_size']}, rate "
-            f"{train['learning_rate']}, distillation {train['distill']}, seed {train['seed']}"
+            f"{_fitted(train)}, distillation {train['distill']}{taught}, seed {train['seed']}"
         )
     return "; ".join(parts) or "post-training, calibration alone"
+
+
+def _fitted(train):
+    return f"{train['epochs']} epochs, batch {train['batch_size']}, rate {train['learning_rate']}"
 
 
 def _of_first_file(entry):

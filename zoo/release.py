@@ -86,7 +86,7 @@ def release(folder: Path, name: str, origin: str) -> registry.Entry:
     probes = {"seed": 0, "shape": images.shape[1:], "outputs": outputs}
     metrics["latency"] = latency_of(made)
     recipe = metrics["recipe"]
-    for section, key in (("data", "name"), ("model", "weights")):
+    for section, key in (("data", "name"), ("model", "weights"), ("train", "teacher")):
         recipe[section][key] = Path(recipe[section][key]).name
     (registry.RELEASED / f"{name}.keras").write_bytes(content)
     evidence = EVIDENCE / name

@@ -104,7 +104,7 @@ def _float_means(program, images):
     def execute(call, args, kwargs):
         outputs = walk.infer(call, args, kwargs)
         if _single(call) and kind_of(call) in ("product", "batch_norm"):
-            means[call.name.replace("/", "_")] = _channel_mean(outputs)
+            means[call.plain] = _channel_mean(outputs)
         return outputs
 
     walk.forward(program, _feeds(program, batch), execute)

@@ -64,7 +64,7 @@ def fold_batchnorm(model: keras.Model, *, return_report=False, name=None):
     """
     program = walk.flatten(model)
     pairs, declined = _pairs(program)
-    made = _rebuild(program, pairs, (name or f"{model.name}_folded").replace("/", "_"))
+    made = _rebuild(program, pairs, walk.plain(name or f"{model.name}_folded"))
     if not return_report:
         return made
     folded = {norm.name: layer.name for norm, layer in pairs}
@@ -130,7 +130,7 @@ def _rebuild(program, pairs, name):
         if operation is None:
             config = config_of(original)
             if isinstance(original, keras.layers.Layer):
-                config["name"] = call.name.replace("/", "_")
+                config["name"] = call.plain
             if id(call) in norm_of:
                 config["use_bias"] = True
             operation = clones[id(original)] = rebuilt(original, config)

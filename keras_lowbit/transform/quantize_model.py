@@ -148,7 +148,8 @@ class _Builder:
         self.images = ImageGrids(self.plan, input_range)
         self.entries: dict[int, _Entry] = {}
         self.clones: dict[int, Any] = {}
-        self.names: set[str] = set()
+        self.names = {call.plain for call in program.calls} | set(program.input_names)
+        self.given: set[str] = set()
 
     def build(self, name):
         inputs = inputs_like(self.program)
@@ -162,7 +163,7 @@ class _Builder:
         return model_of(
             inputs if len(inputs) > 1 else inputs[0],
             outputs,
-            _plain(name),
+            walk.plain(name),
             self.program.output_names,
         )
 
@@ -181,7 +182,7 @@ class _Builder:
             codes = self._clone(call, {call.inputs[0].index: source.pair[0]})
             pair = (codes, source.pair[1])
             entry = _Entry(pair=pair, bits=source.bits, offset=source.offset)
-        elif self.plan.reaches_over_border(call) and not self.plan.is_image(call.inputs[0]):
+        elif self.plan.reaches_over_border(call):
             entry = self._mean_on_grid(call)
         elif self.plan.takes_two_tensors(call):
             values = self._centred_values(call.inputs[0])
@@ -229,23 +230,42 @@ class _Builder:
     def _mean_on_grid(self, call):
         """The mean of a padded pool on the grid of what it reads, where the runtime leaves it."""
         operation, ref = call.operation, call.inputs[0]
-        codes, scale = self._grid(ref, STREAM_BITS)
-        nonnegative, _ = self.plan.sign_and_limit(ref)
+        if self.plan.is_image(ref):
+            (codes, scale), nonnegative = self._image_to_pool(ref)
+        else:
+            codes, scale = self._grid(ref, STREAM_BITS)
+            nonnegative, _ = self.plan.sign_and_limit(ref)
         pool = layers.AveragePooling2D(
             operation.pool_size,
             operation.strides,
             "same",
             zero_point=-128 if nonnegative else 0,
-            name=self._name(call.name),
+            name=self._own_name(call),
             dtype="float32",  # codes, whatever the policy
         )
         return _Entry(pair=(pool(codes), scale), bits=STREAM_BITS)
+
+    def _image_to_pool(self, ref):
+        """`(pair, whether no code is negative)` of an image, on a grid of known zero point.
+
+        An image's own grid serves where it begins at 0.0; elsewhere a symmetric one is put behind
+        it, or `calibrate` would decide how the runtime rounds the mean.
+        """
+        grid = self.images.grid(ref)
+        begins_at_zero = grid is not None and grid[1:] == (0, 0.0)
+        if begins_at_zero:
+            return self._grid(ref, STREAM_BITS), True
+        nonnegative = grid is not None and grid[1] == 0
+        entry = self.entries[ref.index]
+        if entry.centred is None:
+            entry.centred = self._recentred(ref, signed=not nonnegative)
+        return entry.centred.pair, nonnegative
 
     def _two_at_a_time(self, call, layer):
         """What the runtime adds or multiplies by twos; each partial result needs its own grid."""
         tensors = [self._centred_values(r) for r in call.inputs]
         if len(tensors) == 2:
-            return self._exact(layer, call.name)(tensors)
+            return layer(name=self._own_name(call), dtype="float32")(tensors)
         total = tensors[0]
         for i, other in enumerate(tensors[1:], 1):
             total = self._exact(layer, f"{call.name}_{i}")([total, other])
@@ -304,12 +324,15 @@ class _Builder:
             return entry
         if entry.centred is None:
             _, lo, _ = self.images.grid(ref)
-            step = layers.Quantize(
-                quantizers.get("lsq", bits=STREAM_BITS, signed=lo < 0, role="activation"),
-                name=self._name(f"{self._tensor_name(ref)}_centred_quantize"),
-            )
-            entry.centred = _Entry(pair=step(self._values(ref)), bits=STREAM_BITS)
+            entry.centred = self._recentred(ref, signed=lo < 0)
         return entry.centred
+
+    def _recentred(self, ref, signed):
+        step = layers.Quantize(
+            quantizers.get("lsq", bits=STREAM_BITS, signed=signed, role="activation"),
+            name=self._name(f"{self._tensor_name(ref)}_centred_quantize"),
+        )
+        return _Entry(pair=step(self._values(ref)), bits=STREAM_BITS)
 
     def _centred_values(self, ref):
         entry = self._centred(ref)
@@ -351,11 +374,15 @@ class _Builder:
         """A layer between two grids: float32 whatever the policy, or codes would be lost."""
         return layer(*args, name=self._name(name), dtype="float32")
 
+    def _own_name(self, call):
+        """The name of a call's operation, where it is made for the first time."""
+        if call.plain in self.given:
+            return self._name(call.plain)
+        self.given.add(call.plain)
+        return call.plain
+
     def _name(self, text):
-        name, plain, n = _plain(text), _plain(text), 1
-        while name in self.names:
-            n += 1
-            name = f"{plain}_{n}"
+        name = walk.unused(walk.plain(text), self.names)
         self.names.add(name)
         return name
 
@@ -402,14 +429,14 @@ class _Builder:
         if operation is None:
             config = config_of(original)
             if isinstance(original, keras.layers.Layer):
-                config["name"] = self._name(call.name)
+                config["name"] = self._own_name(call)
                 if kind_of(call) not in (None, "product") and original.compute_dtype in _HALVES:
                     # What stands between grids has to tell neighbouring codes apart.
                     config["dtype"] = "float32"
             operation = rebuilt(original, config, _IN_PLACE_OF.get(type(original)))
             if not isinstance(original, keras.layers.Layer):
                 # Keras counts on from names in use, which may be those of copied layers.
-                operation.name = self._name(call.name)
+                operation.name = self._own_name(call)
             self.clones[id(original)] = operation
         results = operation(
             *walk.substitute(call.args, read), **walk.substitute(dict(call.kwargs), read)
@@ -425,7 +452,7 @@ class _Builder:
             return (*known, False)
         original = call.operation
         config = config_of(original)
-        config["name"] = self._name(call.name)
+        config["name"] = self._own_name(call)
         config["use_bias"] = config["use_bias"] or needs_bias
         name = activation_name(original)
         after = None
@@ -469,7 +496,3 @@ class _Builder:
                 "between_quantizer": between,
             }
         return {"kernel_quantizer": make((-2, -1) if cls is keras.layers.DepthwiseConv2D else -1)}
-
-
-def _plain(name):
-    return name.replace("/", "_").replace(":", "_")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of
-from keras_lowbit.tuning.programs import plain
 
 # A stem and a bottleneck: chains are cut at linear tensors, or into stretches of as many products.
 PRODUCTS = 4
@@ -59,7 +58,7 @@ def find(quantized: walk.Program, floating: walk.Program, names=None) -> list[Bl
     if names is None:
         names = _grouped(floating, cuts)
     else:
-        names = [plain(str(name)) for name in names]
+        names = [walk.plain(str(name)) for name in names]
         for name in names:
             if name not in cuts:
                 near = difflib.get_close_matches(name, cuts, n=1)
@@ -74,7 +73,7 @@ def find(quantized: walk.Program, floating: walk.Program, names=None) -> list[Bl
         _split(program, [end[side] for end in ends])
         for side, program in enumerate((quantized, floating))
     ]
-    last = [plain(floating.calls[-1].name)]
+    last = [floating.calls[-1].plain]
     return [Block(*parts) for parts in zip([*names, *last], *halves, strict=True)]
 
 
@@ -104,7 +103,7 @@ def _cuts(program):
         made = {ref.index for ref in walk.refs(call.outputs) if ref.index in last}
         alive = {index for index in alive | made if last[index] > i}
         if made == alive and len(walk.refs(call.outputs)) == 1:
-            found[plain(call.name)] = i
+            found[call.plain] = i
     return found
 
 
@@ -157,6 +156,6 @@ def _split(program, ends):
     for end in ends:
         output = program.calls[end].output
         parts.append(walk.Program(program.calls[start : end + 1], inputs, names, output))
-        start, inputs, names = end + 1, (output,), (plain(program.calls[end].name),)
+        start, inputs, names = end + 1, (output,), (program.calls[end].plain,)
     parts.append(walk.Program(program.calls[start:], inputs, names, program.outputs))
     return parts

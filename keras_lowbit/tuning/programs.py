@@ -19,11 +19,6 @@ from keras_lowbit.layers.packed_kernels import kernels
 _WEIGHTED = ("product", "batch_norm")
 
 
-def plain(name: str) -> str:
-    """The name that `quantize_model` gives the copy of a call."""
-    return name.replace("/", "_").replace(":", "_")
-
-
 def pair(model, float_model) -> tuple[walk.Program, walk.Program]:
     """The programs of a quantized model and of its float model.
 
@@ -36,8 +31,8 @@ def pair(model, float_model) -> tuple[walk.Program, walk.Program]:
             f"{model.name} has no quantized layer: pass the quantized model first, the float one "
             "second"
         )
-    ours = {plain(c.name): _identity(c) for c in quantized.calls if kind_of(c) in _WEIGHTED}
-    theirs = {plain(c.name): _identity(c) for c in floating.calls if kind_of(c) in _WEIGHTED}
+    ours = {c.plain: _identity(c) for c in quantized.calls if kind_of(c) in _WEIGHTED}
+    theirs = {c.plain: _identity(c) for c in floating.calls if kind_of(c) in _WEIGHTED}
     odd = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
     if odd:
         name = odd[0]

@@ -81,12 +81,12 @@ def round_block(block: Block, quantized, floating, batch_size: int, seed: int, d
         tried beside each other.
     """
     random = np.random.default_rng(seed)
-    theirs = {programs.plain(c.name): i for i, c in enumerate(block.floating.calls)}
+    theirs = {c.plain: i for i, c in enumerate(block.floating.calls)}
     for i, call in enumerate(block.quantized.calls):
         layer = call.operation
         if kind_of(call) != "product" or not _fits(layer) or id(layer.kernel_quantizer) in done:
             continue
-        j = theirs[programs.plain(call.name)]
+        j = theirs[call.plain]
         parts = [(block.quantized, i, quantized), (block.floating, j, floating)]
         moments = _Moments()
         rows = min(len(quantized[0]), IMAGES)

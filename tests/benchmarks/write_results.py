@@ -33,6 +33,9 @@ BARS = {
     "resnet20_cifar100": (68.0, "zoo"),
     "resnet20_cifar100_w4a4": (67.5, "zoo"),
     "resnet20_cifar100_w2a2": (64.5, "zoo"),
+    "mobilenet_v2_cifar100": (74.0, "zoo"),
+    "mobilenet_v2_cifar100_w4a4": (73.0, "zoo"),
+    "mobilenet_v2_cifar100_w2a2": (68.0, "zoo"),
 }
 
 
@@ -40,7 +43,7 @@ def keep(folder: Path) -> None:
     """Copy a run's metrics, without the paths of the machine it ran on."""
     metrics = json.loads((folder / "metrics.json").read_text())
     recipe = metrics["recipe"]
-    for section, key in (("data", "name"), ("model", "weights")):
+    for section, key in (("data", "name"), ("model", "weights"), ("train", "teacher")):
         recipe[section][key] = Path(recipe[section][key]).name
     imagenet = recipe["data"]["name"].startswith("imagenet")
     target = (KEPT / "imagenet" if imagenet else KEPT) / f"{recipe['name']}.json"
@@ -53,7 +56,8 @@ def recipe_rows(data):
     for path in sorted([*KEPT.glob(f"*_{data}.json"), *KEPT.glob(f"*_{data}_*.json")]):
         metrics = json.loads(path.read_text())
         accuracy, files = metrics["accuracy"], metrics["files"]
-        epochs = metrics["recipe"]["train"]["epochs"]
+        # Those of the float model in front, where the run trained it too.
+        epochs = sum(metrics["recipe"][part]["epochs"] for part in ("pretrain", "train"))
         name = metrics["recipe"]["name"]
         if not files:
             found = mobile_parts.percent(accuracy["float"])
@@ -137,7 +141,7 @@ def page() -> str:
     if hundred:
         parts += [
             "## CIFAR-100\n",
-            "Low-bit recipes start at the float model of the zoo:",
+            "Low-bit recipes start at the float model of the zoo, such as",
             "`--weights keras_lowbit/zoo/released/resnet20_cifar100.keras`.\n",
             table("", of_files, hundred).strip(),
             "",

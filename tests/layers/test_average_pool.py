@@ -123,6 +123,45 @@ def test_the_trained_model_pools_to_the_codes_of_the_file(relu):
     np.testing.assert_array_equal(means, codes[pool].astype("float32") - zero)
 
 
+@pytest.mark.parametrize(
+    ("scaled", "input_range", "span"),
+    [
+        (None, None, (-2.0, 3.0)),  # known after calibration only
+        (None, None, (0.0, 255.0)),
+        (None, (0, 1), (0.0, 1.0)),
+        (None, (-1, 1), (-1.0, 1.0)),  # 0.0 lies between two codes
+        ((1 / 127.5, -1.0), None, (0.0, 255.0)),
+        ((1.0, -128.0), None, (0.0, 255.0)),
+        ((1.0, -100.0), None, (0.0, 255.0)),  # int8 code -28 is 0.0
+    ],
+)
+def test_images_are_pooled_to_the_codes_of_the_file(scaled, input_range, span):
+    """Half of the outputs were other codes, up to three steps away."""
+    inputs = keras.Input((7, 6, 3))
+    x = keras.layers.Rescaling(*scaled)(inputs) if scaled else inputs
+    x = keras.layers.AveragePooling2D(3, strides=1, padding="same", name="pool")(x)
+    x = keras.layers.Conv2D(8, 3, padding="same", name="after")(x)
+    small = quantize_model(keras.Model(inputs, x), "w8a8", input_range=input_range)
+    low, high = span
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 7, 6, 3))
+    images = (low + pixels * (high - low) / 255).astype("float32")
+    calibrate(small, images)
+    graph = integer_graph(small)
+    takes_pixels = graph.tensors[graph.inputs[0]].dtype == "uint8"
+    given = pixels.astype("uint8") if takes_pixels else images
+    codes = reference.run(graph, dict.fromkeys(graph.inputs, given))
+    assert sum(op.kind == "average_pool_2d" for op in graph) == 1
+    found = ops.convert_to_numpy(small(images))
+    output = graph.tensors[graph.outputs[0]]
+    last = graph.ops[-1].inputs[0] if output.scale is None else graph.outputs[0]
+    grid = graph.tensors[last]
+    wanted = (codes[last].astype("float64") - grid.zero_point) * grid.scale
+    steps = np.abs(found - wanted) / grid.scale
+    # Ties of the product's rounding may fall to the other side in float32.
+    assert steps.max() < 1.5
+    assert (steps > 0.5).mean() < 2e-3
+
+
 @pytest.mark.parametrize(("pool", "strides"), [(2, 2), (2, 3), (3, 1), (3, 2), (5, 2)])
 @pytest.mark.parametrize("zero_point", [0, -128])
 def test_compiled_graphs_make_the_codes_of_integers(pool, strides, zero_point):
