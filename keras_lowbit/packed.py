@@ -25,6 +25,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit import walk
 from keras_lowbit.layers import packed_kernels
 from keras_lowbit.weights_file import Unknown, fill
 
@@ -71,6 +72,7 @@ def save_packed(model: keras.Model, path) -> Packed:
         ValueError: another ending, no such folder, or a model without low-bit kernels.
         OSError: the disk is full or refuses; names the file.
     """
+    walk.check_model(model)
     path = Path(path)
     if path.suffix != ".keras":
         raise ValueError(f"save_packed writes .keras files. Got {str(path)!r}")

@@ -108,12 +108,22 @@ def _functional(model):
     return model if hasattr(model, "_nodes_by_depth") else None
 
 
+def check_model(model) -> None:
+    """Raise `ValueError` for what is no Keras model, such as the path of one."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"Expected a Keras model. Got {model!r:.80} ({type(model).__name__}); a file's model "
+            "is keras.models.load_model(path)"
+        )
+
+
 def flatten(model: keras.Model) -> Program:
     """The calls of `model` in execution order, nested models opened.
 
     Raises:
-        ValueError: subclassed models (no graph to read) and unbuilt Sequential ones.
+        ValueError: no model, subclassed models (no graph to read) and unbuilt Sequential ones.
     """
+    check_model(model)
     graph = _functional(model)
     if graph is None:
         raise ValueError(

@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 from keras import ops
 
+import keras_lowbit as klb
+import tflite_export
 from keras_lowbit import walk
 from keras_lowbit.walk import Ref
 
@@ -146,6 +148,28 @@ def test_models_without_a_graph_are_refused():
         walk.flatten(Own(name="own"))
     with pytest.raises(ValueError, match="empty: the Sequential model has no input shape yet"):
         walk.flatten(keras.Sequential([K.Dense(2)], name="empty"))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "reads",
+    [
+        klb.quantize_model,
+        klb.fold_batchnorm,
+        klb.freeze,
+        klb.summary,
+        tflite_export.check,
+        tflite_export.convert,
+        lambda model: klb.save_packed(model, "model.keras"),
+    ],
+)
+@pytest.mark.parametrize("given", [None, "float.keras"])
+def test_what_is_no_model_is_named(reads, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kind = type(given).__name__
+    with pytest.raises(ValueError, match=rf"Expected a Keras model\. Got {given!r} \({kind}\)"):
+        reads(given)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("inner_of", ["list", "dict"])

@@ -195,6 +195,7 @@ def convert(
         "output_type": output_type,
         "weights": weights,
     }
+    walk.check_model(model)
     if any(isinstance(layer, IntegerOp) for layer in model.layers):
         graph, weights = _frozen_graph(model, preprocessing, options)
     else:
@@ -313,7 +314,13 @@ def check(model: keras.Model, target: str = "android") -> list[str]:
     except ValueError as objection:
         # What no model can be built for stands before all that each layer might object to.
         return [str(objection)]
-    found = lowering.objections()
+    readers = program.readers()
+    found = [
+        f"Input {name} is not read by any layer"
+        for name, ref in zip(program.input_names, program.inputs, strict=True)
+        if ref.index not in readers
+    ]
+    found += lowering.objections()
     emitter = lowering.emitter
     return found + targets.objections(emitter.ops, emitter.tensors, place)
 

@@ -115,12 +115,14 @@ def verify(
     """
     inputs = _named_inputs(graph, images)
     count = len(next(iter(inputs.values())))
+    batch = graph.tensors[graph.inputs[0]].shape[0]
+    if count % batch:
+        raise ValueError(f"A file of batch {batch} takes that many images at a time. Got {count}")
     frozen = _checked_frozen(graph, frozen or {}, count)
     shipped = runtime.Session(content)  # first: it refuses a damaged file in words
     copy = runtime.Session(flatbuffer.with_all_outputs(content))
     _check_interface(graph, copy, shipped)
 
-    batch = graph.tensors[graph.inputs[0]].shape[0]
     step = batch * max(1, _CHUNK // batch)
     counts: dict[tuple[str, str], Count] = {}
     for start in range(0, count, step):

@@ -108,7 +108,8 @@ def summary(model: keras.Model, print_fn: Callable[[str], None] | None = None) -
     Raises:
         ValueError: a model without a graph.
     """
-    made = Summary(model.name, tuple(rows_of(walk.flatten(model))))
+    program = walk.flatten(model)
+    made = Summary(model.name, tuple(rows_of(program)))
     (print_fn or print)(str(made))
     return made
 

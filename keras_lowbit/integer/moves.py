@@ -32,7 +32,10 @@ def _staying(lowering, value, name):
 def concatenate(lowering, call):
     """Tensors side by side, all on the grid of the result."""
     rank = len(call.output.shape)
-    return _moved(lowering, call, ir.Concatenate, axis=call.operation.axis % rank)
+    axis = call.operation.axis % rank
+    if axis == 0:
+        raise NotExportable(f"{call.name}: it joins images of a batch, which a file takes singly")
+    return _moved(lowering, call, ir.Concatenate, axis=axis)
 
 
 def max_pool(lowering, call):
@@ -192,6 +195,11 @@ def upsample(lowering, call):
 def reshape(lowering, call):
     """The same codes in another shape."""
     _check_layout(call)
+    before, after = call.inputs[0].shape[1:], call.output.shape[1:]
+    if None not in (*before, *after) and math.prod(before) != math.prod(after):
+        raise NotExportable(
+            f"{call.name}: {before} for each image becomes {after}: it mixes the images of a batch"
+        )
     return _moved(lowering, call, ir.Reshape)
 
 

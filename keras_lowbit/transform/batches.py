@@ -124,6 +124,12 @@ def _iterator(images, steps):
         raise ValueError("The data set has no end: say how many batches to read by steps=")
     if isinstance(images, (list, tuple)):
         return images[:steps], None
+    readable = hasattr(images, "__iter__") or hasattr(images, "__getitem__")
+    if isinstance(images, (str, bytes)) or not readable:
+        raise ValueError(
+            "images must be an array (n, ...), arrays by input, or an iterable of batches. "
+            f"Got {images!r:.80} ({type(images).__name__})"
+        )
     try:
         known = len(images)
     except TypeError:  # no length, or no end

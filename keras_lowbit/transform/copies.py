@@ -13,6 +13,21 @@ def inputs_like(program) -> list:
     ]
 
 
+def refuse_changed(program) -> None:
+    """Raise `ValueError` for layers whose configuration does not tell what weights they hold."""
+    changed = [
+        call.name
+        for call in program.calls
+        if getattr(call.operation, "quantization_mode", None)
+        or getattr(call.operation, "lora_enabled", False)
+    ]
+    if changed:
+        raise ValueError(
+            f"{', '.join(dict.fromkeys(changed))}: quantized by Keras or with LoRA weights. Pass "
+            "the float model before quantize(), or one of plain layers with the merged kernels"
+        )
+
+
 def config_of(original) -> dict:
     """`get_config`, with regularizers and constraints that have none as they are.
 

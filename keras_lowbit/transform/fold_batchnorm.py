@@ -18,7 +18,13 @@ from keras import ops
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of
 from keras_lowbit.named_outputs import model_of
-from keras_lowbit.transform.copies import config_of, inputs_like, rebuilt, set_weights
+from keras_lowbit.transform.copies import (
+    config_of,
+    inputs_like,
+    rebuilt,
+    refuse_changed,
+    set_weights,
+)
 
 _FOLDABLE = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
 
@@ -60,9 +66,10 @@ def fold_batchnorm(model: keras.Model, *, return_report=False, name=None):
         A functional model, nested ones opened.
 
     Raises:
-        ValueError: a model without a graph.
+        ValueError: a model without a graph, or one that Keras' `quantize()` or LoRA has changed.
     """
     program = walk.flatten(model)
+    refuse_changed(program)
     pairs, declined = _pairs(program)
     made = _rebuild(program, pairs, walk.plain(name or f"{model.name}_folded"))
     if not return_report:

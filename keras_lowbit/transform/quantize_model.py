@@ -25,7 +25,13 @@ from keras_lowbit.kinds import (
 )
 from keras_lowbit.named_outputs import model_of
 from keras_lowbit.scheme import Scheme
-from keras_lowbit.transform.copies import config_of, inputs_like, rebuilt, set_weights
+from keras_lowbit.transform.copies import (
+    config_of,
+    inputs_like,
+    rebuilt,
+    refuse_changed,
+    set_weights,
+)
 from keras_lowbit.transform.image_grids import ImageGrids
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
 from keras_lowbit.transform.plan import STREAM_BITS, Plan
@@ -95,17 +101,7 @@ def _check(program, scheme, model_name):
             f"{model_name} has no layer to quantize: expected Conv2D, DepthwiseConv2D, "
             "SeparableConv2D or Dense."
         )
-    changed = [
-        call.name
-        for call in program.calls
-        if getattr(call.operation, "quantization_mode", None)
-        or getattr(call.operation, "lora_enabled", False)
-    ]
-    if changed:
-        raise ValueError(
-            f"{', '.join(dict.fromkeys(changed))}: quantized by Keras or with LoRA weights. Pass "
-            "the float model before quantize(), or one of plain layers with the merged kernels"
-        )
+    refuse_changed(program)
     first = [
         call.name
         for call in program.calls

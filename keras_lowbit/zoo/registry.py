@@ -67,7 +67,12 @@ def list_models(pattern: str = "*") -> list[str]:
 
     Args:
         pattern: with `*` and `?` as in a shell, such as `"resnet8*"`.
+
+    Raises:
+        ValueError: a pattern that is no text.
     """
+    if not isinstance(pattern, str):
+        raise ValueError(f"zoo.list: a pattern is text such as 'resnet8*'. Got {pattern!r}")
     return sorted(name for name in entries() if fnmatch.fnmatchcase(name, pattern))
 
 
@@ -78,7 +83,7 @@ def info(name: str) -> Entry:
         ValueError: no such model; the nearest names are listed.
     """
     known = entries()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"No released model {name!r}.{hint} zoo.list() names all {len(known)}")

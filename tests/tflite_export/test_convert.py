@@ -384,3 +384,29 @@ def test_tensors_that_end_at_different_values_can_be_concatenated(scheme):
         layer.set_weights([size * w for w in layer.get_weights()])
     result = convert(trained(scheme, model), verify=images(4))
     assert result.mismatches == 0
+
+
+def test_what_a_file_cannot_do_with_batches_is_named_before_training():
+    inputs = keras.Input((6, 6, 3), name="image")
+    parts = [keras.layers.Conv2D(3, 1)(inputs) for _ in range(2)]
+    side = keras.layers.Conv2D(2, 1)(keras.layers.Concatenate(axis=0, name="join")(parts))
+    (found,) = check(keras.Model(inputs, side))
+    assert found.startswith("join: it joins images of a batch")
+    flat = keras.layers.Dense(2)(keras.ops.reshape(parts[0], (-1, 3)))
+    (found,) = check(keras.Model(inputs, flat))
+    assert "(6, 6, 3) for each image becomes (3,): it mixes the images of a batch" in found
+    kept = keras.layers.Dense(2)(keras.ops.reshape(parts[0], (-1, 36, 3)))
+    assert check(keras.Model(inputs, kept)) == []
+
+
+def test_inputs_that_nothing_reads_are_named_before_training():
+    inputs, extra = keras.Input((6, 6, 3), name="image"), keras.Input((4,), name="extra")
+    model = keras.Model([inputs, extra], keras.layers.Conv2D(2, 1)(inputs))
+    assert check(model) == ["Input extra is not read by any layer"]
+
+
+def test_images_that_fill_no_batch_are_counted_as_they_were_given():
+    with pytest.raises(
+        ValueError, match=r"A file of batch 3 takes that many images at a time\. Got 10"
+    ):
+        convert(trained(), batch=3, verify=images(10))

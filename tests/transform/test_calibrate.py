@@ -234,6 +234,8 @@ def test_bad_images_are_refused_before_anything_is_set():
     cases = [
         (images(0), "No images"),
         ([], "No images"),
+        (None, r"images must be an array \(n, ...\), .* Got None \(NoneType\)"),
+        ("images/", r"images must be an array .* Got 'images/' \(str\)"),
         (images()[..., :2], r"must have shape \(None, 6, 5, 3\).* Got \(8, 6, 5, 2\)"),
         (images()[0], r"must have shape \(None, 6, 5, 3\).* Got \(6, 5, 3\)"),
         (nan, "NaN"),

@@ -7,7 +7,7 @@ import tflite_export
 from keras_lowbit import NotExportable, layers, quantizers
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
-from keras_lowbit.transform import calibrate, quantize_model
+from keras_lowbit.transform import calibrate, fold_batchnorm, quantize_model
 
 K = keras.layers
 SHAPE = (6, 5, 3)
@@ -458,8 +458,11 @@ def test_layers_that_keras_quantized_or_adapted_are_refused(change):
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4, name="d")])
     model = keras.Model(model.inputs, keras.layers.Dense(2, name="e")(model.outputs[0]))
     change(model.get_layer("d"))
-    with pytest.raises(ValueError, match=r"^d.*: quantized by Keras or with LoRA weights\. Pass"):
-        quantize_model(model, "w8a8")
+    for refusing in (quantize_model, fold_batchnorm):
+        with pytest.raises(
+            ValueError, match=r"^d.*: quantized by Keras or with LoRA weights\. Pass"
+        ):
+            refusing(model)
 
 
 # --- training ---------------------------------------------------------------------------------

@@ -14,6 +14,14 @@ from keras_lowbit.zoo import files, load, registry
 from keras_lowbit.zoo import list as list_models
 
 
+@pytest.mark.once
+def test_names_and_patterns_are_texts():
+    with pytest.raises(ValueError, match=r"zoo.list: a pattern is text such as .* Got 3"):
+        list_models(3)
+    with pytest.raises(ValueError, match=r"No released model \['resnet8'\]\."):
+        load(["resnet8"])
+
+
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     """A tiny trained-like model and its packed file."""
