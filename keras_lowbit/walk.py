@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -177,8 +178,8 @@ def flatten(model: keras.Model) -> Program:
 
 
 def plain(name: str) -> str:
-    """A name without what separates nested models and scopes."""
-    return name.replace("/", "_").replace(":", "_")
+    """A name without what separates nested models and scopes, or what TensorFlow's may not hold."""
+    return re.sub("[/:<>]", "_", name)
 
 
 def unused(name: str, taken: Collection[str]) -> str:

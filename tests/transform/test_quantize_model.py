@@ -453,6 +453,17 @@ def test_outputs_that_are_whole_numbers_get_no_grid():
     assert (found == wanted).mean() > 0.8
 
 
+@pytest.mark.filterwarnings("ignore:The object being serialized includes a .lambda.")
+def test_an_activation_without_a_name_runs_in_compiled_graphs():
+    """`conv_<lambda>` was no name for TensorFlow."""
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(4, 3, activation=lambda t: ops.relu(t) - 1.0, name="conv")(inputs)
+    model = keras.Model(inputs, K.Dense(3)(K.Flatten()(x)))
+    quantized = calibrate(quantize_model(model, "w8a8"), images(16))
+    found, wanted = (m.predict(images(16), verbose=0) for m in (quantized, model))
+    assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
 @pytest.mark.parametrize("change", [lambda d: d.quantize("int8"), lambda d: d.enable_lora(2)])
 def test_layers_that_keras_quantized_or_adapted_are_refused(change):
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4, name="d")])
