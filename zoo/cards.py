@@ -18,7 +18,7 @@ def overview(known) -> str:
         "images",
         "float",
         "file (95 %)",
-        "packed",
+        "checkpoint",
         "int8 file",
         "int4 file",
     )
