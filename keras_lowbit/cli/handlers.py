@@ -134,7 +134,7 @@ def zoo_list(pattern: str, flags) -> int:
         file, size = next(iter(entry.file_bytes.items()), ("float", None))
         cells = (f"{entry.accuracy[file]:.2%}", f"{entry.bytes:,}", f"{size:,}" if size else "")
         rows.append((entry.name, entry.scheme, entry.data, *cells))
-    print(table("", ("model", "bits", "data", "accuracy", "packed bytes", "file bytes"), rows))
+    print(table("", ("model", "bits", "data", "accuracy", "checkpoint bytes", "file bytes"), rows))
     return 0
 
 
