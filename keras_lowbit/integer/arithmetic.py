@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.integer import graph as ir
+from keras_lowbit.numerics import backend
 from keras_lowbit.numerics.fixed_point import (
     CODE_RANGES,
     activation_bounds,
@@ -155,7 +156,7 @@ def _fully_connected_sums(op, x, kernel):
 
 def _depthwise(x, kernel, window, dilation=(1, 1)):
     if window["strides"][0] == window["strides"][1]:
-        return ops.depthwise_conv(x, kernel, **window, dilation_rate=dilation)
+        return backend.depthwise(x, kernel, window["strides"], window["padding"], dilation)
     # TensorFlow's depthwise kernel wants equal strides; grouped convolution is the same sum.
     height, width, channels, multiplier = kernel.shape
     kernel = ops.reshape(kernel, (height, width, 1, channels * multiplier))

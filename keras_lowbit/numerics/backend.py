@@ -130,15 +130,34 @@ def _conv(operation, codes, kernel, scale, strides, padding, dilation_rate):
         fast = _fast(operation, codes, kernel, constant, strides, padding, dilation_rate)
         if fast is not None:
             return fast
-    plain = getattr(ops, operation)(
-        codes,
+    product = depthwise if operation == "depthwise_conv" else _plain_conv
+    return _scaled(product(codes, kernel, strides, padding, dilation_rate), scale)
+
+
+def depthwise(x, kernel, strides, padding, dilation_rate):
+    """`ops.depthwise_conv`, channels last, without XLA's slow kernels on JAX; arguments as there.
+
+    Gradient:
+        Of that product.
+    """
+    if keras.backend.backend() == "jax":
+        from keras_lowbit.numerics import backend_jax
+
+        found = backend_jax.depthwise(x, kernel, strides, padding, dilation_rate)
+        if found is not None:
+            return found
+    return _plain_conv(x, kernel, strides, padding, dilation_rate, operation=ops.depthwise_conv)
+
+
+def _plain_conv(x, kernel, strides, padding, dilation_rate, operation=ops.conv):
+    return operation(
+        x,
         kernel,
         strides=tuple(strides),
         padding=padding,
         dilation_rate=dilation_rate,
         data_format=_CHANNELS_LAST,
     )
-    return _scaled(plain, scale)
 
 
 def batch_norm(x, gamma, beta, epsilon):
