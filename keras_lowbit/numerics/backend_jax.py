@@ -56,10 +56,6 @@ def _backward(strides, pads, kept, gradient):
     x, kernel = kept
     padded = _padded(x, pads)
     size = _sizes(padded, kernel, strides)
-    to_kernel = [
-        jnp.sum(_tap(padded, at, size, strides) * gradient, axis=(0, 1, 2))
-        for at in _positions(kernel)
-    ]
     # Zeros between the gradients of strided windows, and around them: each pixel then sees the
     # outputs that it went into, through the kernel from its end.
     last = [n - 1 for n in kernel.shape[:2]]
@@ -74,7 +70,27 @@ def _backward(strides, pads, kept, gradient):
         _tap(spaced, (last[0] - a, last[1] - b), x.shape[1:3], (1, 1)) * kernel[a, b, :, 0]
         for a, b in _positions(kernel)
     )
-    return to_x, jnp.stack(to_kernel).reshape(kernel.shape)
+    return to_x, _to_kernel(padded, gradient, kernel, strides)
+
+
+def _to_kernel(padded, gradient, kernel, strides):
+    """The gradient to the kernel; on a CPU image by image, each of which stays in its cache."""
+
+    def of(padded, gradient):
+        size = gradient.shape[1:3]
+        taps = (_tap(padded, at, size, strides) for at in _positions(kernel))
+        return jnp.stack([jnp.sum(tap * gradient, axis=(0, 1, 2)) for tap in taps])
+
+    def add(total, image):
+        return total + of(*(part[None] for part in image)), None
+
+    # A scan over images that lie on several devices would bring them all together.
+    if jax.default_backend() == "cpu" and jax.device_count() == 1:
+        start = jnp.zeros((kernel.shape[0] * kernel.shape[1], kernel.shape[2]), kernel.dtype)
+        found, _ = lax.scan(add, start, (padded, gradient))
+    else:
+        found = of(padded, gradient)
+    return found.reshape(kernel.shape)
 
 
 _depthwise.defvjp(_forward, _backward)
