@@ -6,19 +6,28 @@ from collections.abc import Mapping
 
 import keras
 
+from keras_lowbit import walk
 from keras_lowbit.callbacks.sites import layers_of
 from keras_lowbit.callbacks.switches import models_of
 from keras_lowbit.layers.packed_kernels import Kernel, kernels
 
 
 def kernels_of(model: keras.Model) -> dict[str, Kernel]:
-    """Kernels with a quantizer by layer name (`<name>/pointwise` for separable layers)."""
-    return {
-        f"{name}/{kernel.part}" if kernel.part else name: kernel
-        for name, layer in layers_of(model)
-        for kernel in kernels(layer)
-        if kernel.quantizer is not None
-    }
+    """Kernels with a quantizer by layer name (`<name>/pointwise` for separable layers).
+
+    Where two models inside have one name, as two students of one float model, the later one's
+    layers are `<name>_2`.
+    """
+    found: dict[str, Kernel] = {}
+    seen = set()
+    for layer_name, layer in layers_of(model):
+        for kernel in kernels(layer):
+            if kernel.quantizer is None or id(kernel.latent) in seen:
+                continue
+            seen.add(id(kernel.latent))
+            name = f"{layer_name}/{kernel.part}" if kernel.part else layer_name
+            found[walk.unused(name, found)] = kernel
+    return found
 
 
 def kernels_with_bins(model: keras.Model) -> dict[str, Kernel]:

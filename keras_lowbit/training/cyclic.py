@@ -187,6 +187,8 @@ class CyclicTraining:
                 if self.reestimate_batches:
                     data = x if batch_norm_data is None else batch_norm_data
                     size = fit_options.get("batch_size") or 32
+                    if hasattr(data, "follow_epochs"):  # where a resumed run finds it at 0
+                        data.epoch = visit.first_epoch
                     norms.reestimate(model, data, self.reestimate_batches, size)
                 model.compile(optimizer=fresh, **(compile_options or {}))
                 # A backup of Keras may have left its own in the model, or in the stage before.

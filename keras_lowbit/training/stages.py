@@ -87,21 +87,22 @@ def frozen(model: keras.Model, stage: Stage):
 
 
 def _frozen_parts(model, stage):
-    parts = {name: layer for name, layer in layers_of(model)}
-    parts.update({f"{s.layer_name}.{s.argument}": s.quantizer for s in sites_of(model)})
+    # Pairs: two students of a distiller may have one name.
+    parts = [*layers_of(model)]
+    parts += [(f"{s.layer_name}.{s.argument}", s.quantizer) for s in sites_of(model)]
     found = {}
     for pattern in stage.frozen:
         # Under a distiller names begin with the model's; the layer's own name is enough.
         matching = {
-            name: part
-            for name, part in parts.items()
+            id(part): part
+            for name, part in parts
             if fnmatch.fnmatchcase(name, pattern)
             or fnmatch.fnmatchcase(name.rsplit("/", 1)[-1], pattern)
         }
         if not matching:
             raise ValueError(
                 f"CyclicTraining: stage {stage.name} freezes {pattern!r}, which matches no layer "
-                f"and no quantizer of {model.name}. Layers: {', '.join(list(parts)[:12])} ..."
+                f"and no quantizer of {model.name}. Layers: {', '.join(name for name, _ in parts[:12])} ..."
             )
         found.update(matching)
     return list(found.values())

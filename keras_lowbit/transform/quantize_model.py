@@ -6,6 +6,7 @@ for each. Calls that only move codes (`kinds.TRANSPARENT`) pass a grid on.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,13 +124,14 @@ class _Entry:
     """A tensor of the new model: reals, or a pair of codes and scale with its width.
 
     `offset` is what code 0 of the pair stands for, and `centred` the tensor on a grid where that
-    is 0.0.
+    is 0.0. `nonnegative` is said of pooled images alone: whether no code is below 0.
     """
 
     values: Any = None
     pair: Any = None
     bits: int | None = None
     offset: float = 0.0
+    nonnegative: bool | None = None
     centred: _Entry | None = None
     made: dict = field(default_factory=dict)
 
@@ -177,7 +179,7 @@ class _Builder:
                 source = self._centred(call.inputs[0])
             codes = self._clone(call, {call.inputs[0].index: source.pair[0]})
             pair = (codes, source.pair[1])
-            entry = _Entry(pair=pair, bits=source.bits, offset=source.offset)
+            entry = dataclasses.replace(source, values=None, pair=pair, centred=None, made={})
         elif self.plan.reaches_over_border(call):
             entry = self._mean_on_grid(call)
         elif self.plan.takes_two_tensors(call):
@@ -230,7 +232,9 @@ class _Builder:
             (codes, scale), nonnegative = self._image_to_pool(ref)
         else:
             codes, scale = self._grid(ref, STREAM_BITS)
-            nonnegative, _ = self.plan.sign_and_limit(ref)
+            nonnegative = self.entries[ref.index].nonnegative
+            if nonnegative is None:
+                nonnegative, _ = self.plan.sign_and_limit(ref)
         pool = layers.AveragePooling2D(
             operation.pool_size,
             operation.strides,
@@ -239,7 +243,7 @@ class _Builder:
             name=self._own_name(call),
             dtype="float32",  # codes, whatever the policy
         )
-        return _Entry(pair=(pool(codes), scale), bits=STREAM_BITS)
+        return _Entry(pair=(pool(codes), scale), bits=STREAM_BITS, nonnegative=nonnegative)
 
     def _image_to_pool(self, ref):
         """`(pair, whether no code is negative)` of an image, on a grid of known zero point.

@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_lowbit.callbacks import BitDescent, DampenOscillations
 from keras_lowbit.callbacks.sites import sites_of
+from keras_lowbit.data import AugmentedBatches
 from keras_lowbit.distillation import MutualDistiller
 from keras_lowbit.training import CyclicTraining, Stage, StagePlan, files, stages
 from tests.callbacks import tiny
@@ -349,3 +350,40 @@ def test_metrics_by_class_are_logged_as_lists(tmp_path):
     log.on_epoch_end(0, {"loss": np.float32(0.5), "f1": np.float32([0.25, 1.0])})
     (row,) = files.read_json(tmp_path / "epochs.json", [])
     assert row == {"epoch": 0, "stage": 2, "loss": 0.5, "f1": [0.25, 1.0]}
+
+
+class Stop(keras.callbacks.Callback):
+    """Ends a training at the beginning of an epoch, as a kill would."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+def test_a_stage_begun_anew_takes_the_statistics_of_augmented_images_that_it_took(tmp_path):
+    """The batches of a process that has just begun stood at epoch 0."""
+    x, y = tiny.images()
+
+    def run(folder, *stops):
+        keras.utils.set_random_seed(0)
+        model = tiny.model("w2a2", compiled=False)
+        batches = AugmentedBatches(x, y, 8, pad=2)
+        CyclicTraining(StagePlan.descent((3, 2), epochs=1, learning_rate=1e-3), 1).fit(
+            model,
+            batches,
+            optimizer=lambda visit: keras.optimizers.SGD(visit.stage.learning_rate),
+            compile_options={"loss": loss()},
+            callbacks=lambda visit: [batches.follow_epochs(), *stops],
+            directory=folder,
+        )
+        return model.get_weights()
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", Stop(1))
+    for a, b in zip(whole, run(tmp_path / "cut"), strict=True):
+        np.testing.assert_array_equal(a, b)
