@@ -231,11 +231,14 @@ def read_json(path: Path) -> dict:
         ValueError: a damaged file.
     """
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({_short(error)}). Remove it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (no object). Remove it")
+    return found
 
 
 def _short(error: BaseException) -> str:

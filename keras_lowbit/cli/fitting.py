@@ -244,9 +244,20 @@ class HistoryFile(keras.callbacks.Callback):
 
 
 def read_history(path: Path) -> list[dict]:
-    """Rows of a history file; none where there is no file."""
+    """Rows of a history file; none where there is no file.
+
+    Raises:
+        ValueError: a damaged file.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: int(v) if k == "epoch" else float(v) for k, v in row.items() if v} for row in rows]
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [
+            {"epoch": int(row["epoch"])}
+            | {k: float(v) for k, v in row.items() if k != "epoch" and v}
+            for row in rows
+        ]
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error!r}). Remove it") from error

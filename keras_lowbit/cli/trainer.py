@@ -109,6 +109,9 @@ class Stages:
     def __init__(self, out: Path, job: dict):
         self.path = out / "stages.json"
         self.found = files.read_json(self.path) or {"job": job, "done": {}}
+        parts = [self.found.get(key) for key in ("job", "done")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError(f"{self.path} is damaged (no job and what is done). Remove it")
         if self.found["job"] != job:
             raise ValueError(
                 f"{out} holds results of another recipe or backend "
@@ -122,6 +125,12 @@ class Stages:
             done[name] = work()
             files.write_json(self.found, self.path)
         return done[name]
+
+    def forget(self, *names: str) -> None:
+        """Drop results."""
+        for name in names:
+            self.found["done"].pop(name, None)
+        files.write_json(self.found, self.path)
 
     def forget_from(self, name: str) -> None:
         """Drop the results of a model, `"float"` or `"model"`, and of all that was made of it."""
@@ -193,9 +202,13 @@ class _Run:
             return model
         # The entry and the file: a file alone may be of a run that was cut short.
         if name in self.stages.found["done"] and path.is_file():
-            return files.load_model(path)
+            model = files.load_model(path)
+            self._drop_snapshots(name)
+            return model
         # Before it is trained: a run that is cut short must not find the results of the last one.
         self.stages.forget_from(name)
+        if name == "float":
+            self._drop_snapshots("model")  # of a student of another float model
         if model is None:
             model = quantized(original, self.recipe, self.chosen)
         backup = self.out / f"backup_{name}"
@@ -223,9 +236,12 @@ class _Run:
             return {"seconds": round(time.perf_counter() - started, 1)}
 
         self.stages.once(name, work, path)
-        for folder in (backup, self.out / "blocks"):
-            shutil.rmtree(folder, ignore_errors=True)
+        self._drop_snapshots(name)
         return model
+
+    def _drop_snapshots(self, name):
+        for folder in (f"backup_{name}", "blocks"):
+            shutil.rmtree(self.out / folder, ignore_errors=True)
 
     def _reconstructed(self, model, teacher):
         """Like the float model block by block, then as a whole, in place, as the recipe says."""
@@ -271,6 +287,10 @@ class _Run:
         path = self.out / f"model_{weights}.tflite"
         export = self.recipe.export
         result = None
+        made = self.stages.found["done"].get(f"file_{weights}")
+        if made and path.is_file() and _sha256(path.read_bytes()) != made["sha256"]:
+            # Cut short, or of another model: what was measured is of the file that was written.
+            self.stages.forget(f"file_{weights}", f"accuracy_{weights}")
 
         def work():
             nonlocal result
@@ -283,7 +303,7 @@ class _Run:
                 temporary.write_bytes(result.content)
             return {
                 "bytes": len(result.content),
-                "sha256": hashlib.sha256(result.content).hexdigest(),
+                "sha256": _sha256(result.content),
                 "wrong_codes": result.mismatches,
                 "compared_codes": result.verification and result.verification.compared,
                 "verify_images": export.verify_images,
@@ -354,6 +374,10 @@ class _Run:
             result = self._converted(model, first)
         answers = measure.keras_answers(result.frozen, x, what="measure the frozen model")
         return measure.score(answers, y)
+
+
+def _sha256(content):
+    return hashlib.sha256(content).hexdigest()
 
 
 def float_model(recipe, dataset):

@@ -100,9 +100,10 @@ def _frozen_parts(model, stage):
             or fnmatch.fnmatchcase(name.rsplit("/", 1)[-1], pattern)
         }
         if not matching:
+            some = ", ".join(name for name, _ in parts[:12])
             raise ValueError(
                 f"CyclicTraining: stage {stage.name} freezes {pattern!r}, which matches no layer "
-                f"and no quantizer of {model.name}. Layers: {', '.join(name for name, _ in parts[:12])} ..."
+                f"and no quantizer of {model.name}. Layers: {some} ..."
             )
         found.update(matching)
     return list(found.values())

@@ -319,6 +319,9 @@ def test_json_files_are_whole_or_damaged_in_words(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match=r"a\.json is damaged"):
         files.read_json(path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match=r"a\.json is damaged \(no object\)"):
+        files.read_json(path)
 
 
 def test_evaluate_refuses_data_of_more_classes(run, made, tmp_path):

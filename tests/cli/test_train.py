@@ -160,6 +160,54 @@ def test_results_of_a_model_that_is_gone_are_not_those_of_the_next(
     assert hashlib.sha256(content).hexdigest() == after["file_int8"]["sha256"]
 
 
+def test_a_file_that_is_not_the_one_measured_is_written_anew(run, recipe, tmp_path):
+    path, out = recipe(), tmp_path / "out"
+    assert run("train", path, "--out", out, "--epochs=0").code == 0
+    file = out / "model_int8.tflite"
+    whole, metrics = file.read_bytes(), (out / "metrics.json").read_text()
+    file.write_bytes(whole[:3000])
+    assert run("train", path, "--out", out, "--epochs=0").code == 0
+    assert file.read_bytes() == whole
+    assert (out / "metrics.json").read_text() == metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("history.csv", b"epoch,loss\nfoo,1.5\n"),
+        ("history.csv", b"loss\n1.5\n"),
+        ("history.csv", b"\xff\xfe"),
+        ("stages.json", b'{"done": {}}'),
+        ("stages.json", b'{"job": 3, "done": {}}'),
+        ("stages.json", b"[]"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(run, recipe, tmp_path, name, content):
+    path, out = recipe(), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_bytes(content)
+    outcome = run("train", path, "--out", out, "--epochs=0")
+    assert outcome.code == 2
+    assert f"{name} is damaged" in outcome.error
+    assert outcome.error.rstrip().endswith("Remove it")
+
+
+def test_snapshots_that_a_kill_left_behind_go(run, recipe, tmp_path):
+    path, out = recipe(pretrain={"epochs": 1, "xla": "off"}), tmp_path / "out"
+    assert run("train", path, "--out", out, "--epochs=1").code == 0
+    left = [out / "backup_float", out / "backup_model", out / "blocks"]
+    for folder in left:
+        folder.mkdir()
+    assert run("train", path, "--out", out, "--epochs=1").code == 0
+    assert not any(folder.exists() for folder in left)
+    # A student of the float model before must not go on as one of the next.
+    (out / "float.keras").unlink()
+    (out / "backup_model").mkdir()
+    (out / "backup_model" / "junk").write_text("of another student")
+    assert run("train", path, "--out", out, "--epochs=1").code == 0
+    assert not (out / "backup_model").exists()
+
+
 def test_a_folder_of_another_recipe_is_refused_and_untouched(run, recipe, tmp_path, contents):
     path, out = recipe(), tmp_path / "out"
     assert run("train", path, "--out", out, "--epochs=0").code == 0
