@@ -108,8 +108,8 @@ def summary(model: keras.Model, print_fn: Callable[[str], None] | None = None) -
     Raises:
         ValueError: a model without a graph.
     """
-    program = walk.flatten(model)
-    made = Summary(model.name, tuple(rows_of(program)))
+    rows = tuple(rows_of(walk.flatten(model)))  # first: what is no model has no name
+    made = Summary(model.name, rows)
     (print_fn or print)(str(made))
     return made
 

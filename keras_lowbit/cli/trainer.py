@@ -95,10 +95,11 @@ def run_recipe(
     if recipe.data.holdout:
         chosen = datasets.holdout(dataset, recipe.data.holdout, recipe.data.seed)
     model = float_model(recipe, dataset)
-    teacher = recipe.train.teacher and files.build_teacher(recipe.train.teacher, model)
+    named = recipe.train.teacher
+    teacher = files.build_teacher(named, model) if named else None
     out.mkdir(parents=True, exist_ok=True)
     stages = Stages(out, job)
-    return _Run(recipe, out, stages, chosen, resume, verbose, teacher or None).finish(
+    return _Run(recipe, out, stages, chosen, resume, verbose, teacher).finish(
         model, chosen if tune else dataset
     )
 
