@@ -21,7 +21,8 @@ class ScaleError(RuntimeError):
 class ScaleGuard(keras.callbacks.Callback):
     """Raises `ScaleError` when training breaks a scale or a weight.
 
-    Checked before the first step, every few batches and at the end of each epoch:
+    Checked before the first step, every few batches, at the end of each epoch and at the end of
+    `fit`, where an optimizer with `use_ema` has put averages in place of the weights:
 
     * no weight of any layer is NaN or infinite;
     * every scale is positive;
@@ -67,6 +68,11 @@ class ScaleGuard(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Check."""
         self._check()
+
+    def on_train_end(self, logs=None):
+        """Check once more: averages of weights pass by their constraints."""
+        if self._start is not None:  # else there was no step
+            self._check()
 
     def _check_calibrated(self):
         names = [

@@ -325,7 +325,8 @@ class Quantizer(keras.layers.Layer):
 
         Raises:
             ValueError: a kernel at 1 bit, whose scale is not state but the kernel's mean
-                magnitude; `encode(kernel)` gives it. Or quantization is switched off.
+                magnitude; `encode(kernel)` gives it. Or quantization is switched off, or training
+                left a scale that is not positive and finite.
         """
         self._check_enabled()
         if self.signed and self.role == "kernel" and self.bits == 1:
@@ -337,7 +338,14 @@ class Quantizer(keras.layers.Layer):
         scale = self.scale_in_use(
             ops.convert_to_tensor(float(lo)), ops.convert_to_tensor(float(hi))
         )
-        return Grid(np.float32(ops.convert_to_numpy(scale)), lo, hi, self.bits)
+        scale = np.float32(ops.convert_to_numpy(scale))
+        if not (np.isfinite(scale) & (scale > 0)).all():
+            raise ValueError(
+                f"{self.path or self.name}: the scale is {np.min(scale):.3g}; codes need one that is "
+                "positive and finite. Go back to a checkpoint with a smaller learning rate; the "
+                "callback ScaleGuard stops training where a scale breaks"
+            )
+        return Grid(scale, lo, hi, self.bits)
 
     def _check_enabled(self):
         # What an exporter reads of every quantizer asks here: reals never pass for codes.

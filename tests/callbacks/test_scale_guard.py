@@ -73,6 +73,30 @@ def test_a_value_broken_between_two_checks_is_seen_at_the_end_of_the_epoch(begun
         guard.on_epoch_end(0)
 
 
+def test_what_the_end_of_fit_puts_in_the_weights_is_seen(begun):
+    model, guard = begun
+    guard.on_epoch_end(0)
+    put(kernel_scale(model), -1e-3)
+    with pytest.raises(ScaleError, match="Layer middle: scale of kernel_quantizer is -0.001"):
+        guard.on_train_end()
+
+
+class AveragesBelowZero(keras.optimizers.SGD):
+    def finalize_variable_values(self, var_list):
+        # Keras averages before it applies constraints: one average may fall where no weight may.
+        super().finalize_variable_values(var_list)
+        put(self.broken, -1e-3)
+
+
+def test_averages_that_leave_a_scale_negative_end_fit_with_the_layers_name():
+    model = tiny.model(compiled=False)
+    optimizer = AveragesBelowZero(1e-4, use_ema=True)
+    optimizer.broken = kernel_scale(model)
+    model.compile(optimizer, "sparse_categorical_crossentropy", auto_scale_loss=False)
+    with pytest.raises(ScaleError, match="Layer middle: scale of kernel_quantizer is -0.001"):
+        tiny.train(model, [ScaleGuard()], epochs=1)
+
+
 class Break(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if batch == 0:

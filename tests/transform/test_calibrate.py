@@ -195,6 +195,14 @@ def test_one_uncalibrated_grid_is_enough_to_refuse():
         integer_graph(model)
 
 
+@pytest.mark.parametrize("scale", [-0.25, 0.0, np.nan])
+def test_a_scale_that_training_broke_is_refused_at_export_by_name(scale):
+    model = calibrate(net(), images())
+    model.get_layer("pool_quantize").quantizer.scale.assign(scale)
+    with pytest.raises(ValueError, match="pool_quantize.*: the scale is .*ScaleGuard"):
+        integer_graph(model)
+
+
 def by_hand():
     x = inputs = keras.Input((6, 5, 3))
     x = layers.QuantizedSeparableConv2D(
