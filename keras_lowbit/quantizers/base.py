@@ -341,9 +341,9 @@ class Quantizer(keras.layers.Layer):
         scale = np.float32(ops.convert_to_numpy(scale))
         if not (np.isfinite(scale) & (scale > 0)).all():
             raise ValueError(
-                f"{self.path or self.name}: the scale is {np.min(scale):.3g}; codes need one that is "
-                "positive and finite. Go back to a checkpoint with a smaller learning rate; the "
-                "callback ScaleGuard stops training where a scale breaks"
+                f"{self.path or self.name}: the scale is {np.min(scale):.3g}; codes need one "
+                "that is positive and finite. Go back to a checkpoint with a smaller learning "
+                "rate; the callback ScaleGuard stops training where a scale breaks"
             )
         return Grid(scale, lo, hi, self.bits)
 

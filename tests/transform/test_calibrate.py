@@ -199,7 +199,7 @@ def test_one_uncalibrated_grid_is_enough_to_refuse():
 def test_a_scale_that_training_broke_is_refused_at_export_by_name(scale):
     model = calibrate(net(), images())
     model.get_layer("pool_quantize").quantizer.scale.assign(scale)
-    with pytest.raises(ValueError, match="pool_quantize.*: the scale is .*ScaleGuard"):
+    with pytest.raises(ValueError, match=r"pool_quantize.*: the scale is .*ScaleGuard"):
         integer_graph(model)
 
 
