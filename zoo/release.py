@@ -24,6 +24,7 @@ from cards import card, overview
 
 import keras_lowbit as klb
 import tflite_export
+from keras_lowbit.cli.recipe import without_folders
 from keras_lowbit.zoo import files, registry
 from tflite_export import runtime
 
@@ -85,9 +86,7 @@ def release(folder: Path, name: str, origin: str) -> registry.Entry:
         outputs["float"] = packed.predict(images, verbose=0).tolist()
     probes = {"seed": 0, "shape": images.shape[1:], "outputs": outputs}
     metrics["latency"] = latency_of(made)
-    recipe = metrics["recipe"]
-    for section, key in (("data", "name"), ("model", "weights"), ("train", "teacher")):
-        recipe[section][key] = Path(recipe[section][key]).name
+    metrics = without_folders(metrics)
     (registry.RELEASED / f"{name}.keras").write_bytes(content)
     evidence = EVIDENCE / name
     evidence.mkdir(exist_ok=True)

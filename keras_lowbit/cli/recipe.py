@@ -279,6 +279,17 @@ def changed(recipe: Recipe, *, epochs=None, seed=None, xla=None, data=None, weig
     return checked(recipe, recipe.name)
 
 
+def without_folders(metrics: dict) -> dict:
+    """A copy of a run's metrics whose recipe names files alone, not where they lay."""
+    recipe = {
+        name: dict(part) if isinstance(part, dict) else part
+        for name, part in metrics["recipe"].items()
+    }
+    for section, key in (("data", "name"), ("model", "weights"), ("train", "teacher")):
+        recipe[section][key] = Path(recipe[section].get(key, "")).name
+    return {**metrics, "recipe": recipe}
+
+
 def _near(given, known):
     near = difflib.get_close_matches(given, known, n=1)
     return f" Did you mean {near[0]!r}?" if near else f" Known: {sorted(known)}"

@@ -16,16 +16,14 @@ import keras
 from keras_lowbit import layers, quantizers, walk
 from keras_lowbit.kinds import (
     CLIPS,
-    FIXED_SCALES,
-    GATES,
     OF_TWO_TENSORS,
     TRANSPARENT,
     activation_name,
     kind_of,
-    slope_of,
 )
 from keras_lowbit.named_outputs import model_of
 from keras_lowbit.scheme import Scheme
+from keras_lowbit.transform.composed import activated, joined
 from keras_lowbit.transform.copies import (
     config_of,
     inputs_like,
@@ -35,6 +33,7 @@ from keras_lowbit.transform.copies import (
 )
 from keras_lowbit.transform.image_grids import ImageGrids
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
+from keras_lowbit.transform.layer_maker import LayerMaker
 from keras_lowbit.transform.plan import STREAM_BITS, Plan
 
 # Quantizers of activations that know of a ReLU6 in front.
@@ -146,8 +145,7 @@ class _Builder:
         self.images = ImageGrids(self.plan, input_range)
         self.entries: dict[int, _Entry] = {}
         self.clones: dict[int, Any] = {}
-        self.names = {call.plain for call in program.calls} | set(program.input_names)
-        self.given: set[str] = set()
+        self.make = LayerMaker(program)
 
     def build(self, name):
         inputs = inputs_like(self.program)
@@ -184,7 +182,7 @@ class _Builder:
             entry = self._mean_on_grid(call)
         elif self.plan.takes_two_tensors(call):
             values = self._centred_values(call.inputs[0])
-            entry = _Entry(values=self._of_two_tensors(call.operation, values, call.name))
+            entry = _Entry(values=activated(self.make, call.operation, values, call.name))
         elif self.plan.reads_logits(call):
             read = {r.index: self._logits(r) for r in call.inputs}
             entry = _Entry(values=self._clone(call, read))
@@ -222,7 +220,7 @@ class _Builder:
             quantized = self._quantize(
                 call.output, outputs, STREAM_BITS, name=layer.name, signed=True
             )
-            outputs = activation(self._dequantized(quantized, layer.name))
+            outputs = activation(self.make.dequantized(quantized, layer.name))
         return _Entry(values=outputs)
 
     def _mean_on_grid(self, call):
@@ -240,7 +238,7 @@ class _Builder:
             operation.strides,
             "same",
             zero_point=-128 if nonnegative else 0,
-            name=self._own_name(call),
+            name=self.make.own_name(call),
             dtype="float32",  # codes, whatever the policy
         )
         return _Entry(pair=(pool(codes), scale), bits=STREAM_BITS, nonnegative=nonnegative)
@@ -265,41 +263,8 @@ class _Builder:
         """What the runtime adds or multiplies by twos; each partial result needs its own grid."""
         tensors = [self._centred_values(r) for r in call.inputs]
         if len(tensors) == 2:
-            return layer(name=self._own_name(call), dtype="float32")(tensors)
-        total = tensors[0]
-        for i, other in enumerate(tensors[1:], 1):
-            total = self._exact(layer, f"{call.name}_{i}")([total, other])
-            if i < len(tensors) - 1:
-                step = layers.Quantize(bits=STREAM_BITS, name=self._name(f"{call.name}_{i}_q"))
-                total = self._dequantized(step(total), f"{call.name}_{i}")
-        return total
-
-    def _of_two_tensors(self, operation, values, name):
-        """An activation of values on a grid: `x * gate(x)`, or a sum of two parts of `x`."""
-        kind = activation_name(operation)
-        if kind == "leaky_relu":
-            return self._leaky(slope_of(operation), values, name)
-        return self._gated(GATES[kind], values, name)
-
-    def _leaky(self, slope, values, name):
-        """`slope * x + (1 - slope) * relu(x)`."""
-        part = self._exact(keras.layers.ReLU, f"{name}_part")(values)
-        parts = []
-        for suffix, factor, tensor in (("slope", slope, values), ("rest", 1.0 - slope, part)):
-            scaled = self._exact(keras.layers.Rescaling, f"{name}_{suffix}", factor)(tensor)
-            signed = suffix == "slope"
-            quantizer = quantizers.get("lsq", bits=STREAM_BITS, signed=signed, role="activation")
-            pair = layers.Quantize(quantizer, name=self._name(f"{name}_{suffix}_quantize"))(scaled)
-            parts.append(self._dequantized(pair, f"{name}_{suffix}"))
-        return self._exact(keras.layers.Add, f"{name}_sum")(parts)
-
-    def _gated(self, kind, values, name):
-        """`x * gate(x)`; the gate has the grid that its range gives."""
-        gate = self._exact(keras.layers.Activation, f"{name}_gate", kind)(values)
-        quantizer = quantizers.Affine(STREAM_BITS, scale=FIXED_SCALES[kind])
-        pair = layers.Quantize(quantizer, name=self._name(f"{name}_gate_quantize"))(gate)
-        gate = self._dequantized(pair, f"{name}_gate")
-        return self._exact(keras.layers.Multiply, f"{name}_gated")([values, gate])
+            return layer(name=self.make.own_name(call), dtype="float32")(tensors)
+        return joined(self.make, layer, tensors, call.name)
 
     # --- reading tensors ----------------------------------------------------------------------
 
@@ -314,7 +279,7 @@ class _Builder:
     def _values(self, ref):
         entry = self.entries[ref.index]
         if self._on_grid(ref) and entry.values is None:
-            entry.values = self._dequantized(entry.pair, self._tensor_name(ref), entry.offset)
+            entry.values = self.make.dequantized(entry.pair, self._tensor_name(ref), entry.offset)
         return entry.values
 
     def _centred(self, ref):
@@ -330,7 +295,7 @@ class _Builder:
     def _recentred(self, ref, signed):
         step = layers.Quantize(
             quantizers.get("lsq", bits=STREAM_BITS, signed=signed, role="activation"),
-            name=self._name(f"{self._tensor_name(ref)}_centred_quantize"),
+            name=self.make.name(f"{self._tensor_name(ref)}_centred_quantize"),
         )
         return _Entry(pair=step(self._values(ref)), bits=STREAM_BITS)
 
@@ -339,7 +304,7 @@ class _Builder:
         if not (self._on_grid(ref) and self.entries[ref.index].offset):
             return self._values(ref)
         if entry.values is None:
-            entry.values = self._dequantized(entry.pair, f"{self._tensor_name(ref)}_centred")
+            entry.values = self.make.dequantized(entry.pair, f"{self._tensor_name(ref)}_centred")
         return entry.values
 
     def _grid(self, ref, bits):
@@ -356,7 +321,7 @@ class _Builder:
         pair = self._grid(ref, STREAM_BITS)
         if self.entries[ref.index].offset:
             pair = self._centred(ref).pair
-        return self._dequantized(pair, self._tensor_name(ref))
+        return self.make.dequantized(pair, self._tensor_name(ref))
 
     def _output(self, ref):
         whole = "float" not in ref.dtype  # such as the classes of an argmax
@@ -370,22 +335,6 @@ class _Builder:
 
     # --- making layers ------------------------------------------------------------------------
 
-    def _exact(self, layer, name, *args):
-        """A layer between two grids: float32 whatever the policy, or codes would be lost."""
-        return layer(*args, name=self._name(name), dtype="float32")
-
-    def _own_name(self, call):
-        """The name of a call's operation, where it is made for the first time."""
-        if call.plain in self.given:
-            return self._name(call.plain)
-        self.given.add(call.plain)
-        return call.plain
-
-    def _name(self, text):
-        name = walk.unused(walk.plain(text), self.names)
-        self.names.add(name)
-        return name
-
     def _tensor_name(self, ref):
         call = self.plan.producers.get(ref.index)
         if call is None:
@@ -394,7 +343,7 @@ class _Builder:
         return call.name
 
     def _quantize(self, ref, values, bits, name=None, signed=None):
-        name = self._name(f"{name or self._tensor_name(ref)}_quantize")
+        name = self.make.name(f"{name or self._tensor_name(ref)}_quantize")
         fixed = self.plan.fixed_scale(ref) if signed is None and bits == STREAM_BITS else None
         if self.plan.is_image(ref):
             quantizer = self.images.quantizer(ref)
@@ -419,24 +368,20 @@ class _Builder:
             )
         return layers.Quantize(quantizer, name=name)(values)
 
-    def _dequantized(self, pair, name, offset=0.0):
-        name = self._name(f"{name}_dequantize")
-        return layers.Dequantize(offset=offset, name=name)(pair)
-
     def _clone(self, call, read):
         operation = self.clones.get(id(call.operation))
         original = call.operation
         if operation is None:
             config = config_of(original)
             if isinstance(original, keras.layers.Layer):
-                config["name"] = self._own_name(call)
+                config["name"] = self.make.own_name(call)
                 if kind_of(call) not in (None, "product") and original.compute_dtype in _HALVES:
                     # What stands between grids has to tell neighbouring codes apart.
                     config["dtype"] = "float32"
             operation = rebuilt(original, config, _IN_PLACE_OF.get(type(original)))
             if not isinstance(original, keras.layers.Layer):
                 # Keras counts on from names in use, which may be those of copied layers.
-                operation.name = self._own_name(call)
+                operation.name = self.make.own_name(call)
             self.clones[id(original)] = operation
         results = operation(
             *walk.substitute(call.args, read), **walk.substitute(dict(call.kwargs), read)
@@ -452,7 +397,7 @@ class _Builder:
             return (*known, False)
         original = call.operation
         config = config_of(original)
-        config["name"] = self._own_name(call)
+        config["name"] = self.make.own_name(call)
         config["use_bias"] = config["use_bias"] or needs_bias
         name = activation_name(original)
         after = None
@@ -474,8 +419,8 @@ class _Builder:
         """What computes a product's activation from its logits."""
         kind = activation_name(original)
         if kind in OF_TWO_TENSORS:
-            return functools.partial(self._of_two_tensors, original, name=f"{name}_{kind}")
-        return self._exact(keras.layers.Activation, f"{name}_{kind}", original.activation)
+            return functools.partial(activated, self.make, original, name=f"{name}_{kind}")
+        return self.make.exact(keras.layers.Activation, f"{name}_{kind}", original.activation)
 
     def _kernel_quantizers(self, cls, widths):
         name = widths.kernel or self.scheme.kernel

@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from keras_lowbit.cli.recipe import without_folders
 from keras_lowbit.progress import table
 from tests.benchmarks import cost_parts, mobile_parts, study_part
 
@@ -41,10 +42,8 @@ BARS = {
 
 def keep(folder: Path) -> None:
     """Copy a run's metrics, without the paths of the machine it ran on."""
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = without_folders(json.loads((folder / "metrics.json").read_text()))
     recipe = metrics["recipe"]
-    for section, key in (("data", "name"), ("model", "weights"), ("train", "teacher")):
-        recipe[section][key] = Path(recipe[section][key]).name
     imagenet = recipe["data"]["name"].startswith("imagenet")
     target = (KEPT / "imagenet" if imagenet else KEPT) / f"{recipe['name']}.json"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import pytest
 
 from keras_lowbit import quantizers
 from keras_lowbit.cli import trainer
-from keras_lowbit.cli.recipe import changed, read_recipe
+from keras_lowbit.cli.recipe import changed, read_recipe, without_folders
 
 pytestmark = pytest.mark.once
 
@@ -163,3 +163,22 @@ def test_a_float_recipe_has_nothing_to_distill_into(tmp_path):
 def test_options_of_a_wrong_type_are_one_error():
     with pytest.raises(ValueError, match="Quantizer 'pact' cannot be made of"):
         quantizers.get("pact", role="activation", alpha="x")
+
+
+def test_metrics_that_are_kept_name_files_and_no_folders():
+    recipe = {
+        "name": "r",
+        "data": {"name": "/home/me/cifar.npz", "holdout": 1},
+        "model": {"weights": "runs/float.keras"},
+        "train": {"teacher": "resnet20_cifar100"},
+    }
+    metrics = {"accuracy": 0.5, "recipe": recipe}
+    kept = without_folders(metrics)
+    assert kept["accuracy"] == 0.5
+    assert kept["recipe"] == {
+        "name": "r",
+        "data": {"name": "cifar.npz", "holdout": 1},
+        "model": {"weights": "float.keras"},
+        "train": {"teacher": "resnet20_cifar100"},
+    }
+    assert recipe["data"]["name"] == "/home/me/cifar.npz"  # the run's own stay
