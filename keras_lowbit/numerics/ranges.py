@@ -48,8 +48,8 @@ def scale_minmax(x, lo, hi, percentile: float = 100.0):
 def scale_mse(x, lo, hi, candidates: int = 100):
     """Scale of least squared error, a value for each column.
 
-    Searches `candidates` shrinkages of the covering scale, evenly from 1 down to 0.02 at 8 bits or
-    fewer; the first of equals wins, so the result does not depend on the order of `x`.
+    Searches `candidates` shrinkages of the covering scale, evenly from 1 down to 0.02; the first of
+    equals wins, so the result does not depend on the order of `x`.
 
     Args:
         x: reals, shape `(n, channels)`.

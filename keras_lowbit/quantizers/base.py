@@ -52,6 +52,7 @@ class Quantizer(keras.layers.Layer):
     breaks: frozenset[str] = frozenset()
     moves_bits = True
     fits_data = True
+    counts_shares = False  # whether `fit_scale` looks at how many values lie where
     pad_code = 0
     unsaved = frozenset({"switch", "pull"})
     scale = None

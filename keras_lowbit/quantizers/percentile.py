@@ -35,6 +35,8 @@ class Percentile(Quantizer):
         Evaluation, 2020, arXiv:2004.09602, its percentile calibration.
     """
 
+    counts_shares = True
+
     def __init__(self, bits=8, *, percentile=99.99, **kwargs):
         super().__init__(bits, **kwargs)
         if not 50 < percentile <= 100:

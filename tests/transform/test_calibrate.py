@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_lowbit import layers
 from keras_lowbit.integer.build import integer_graph
+from keras_lowbit.quantizers import get as quantizer_of
 from keras_lowbit.transform import calibrate, quantize_model
 from keras_lowbit.transform.calibrate import uncalibrated
 
@@ -61,6 +62,39 @@ def test_arrays_and_iterables_give_the_same_scales(method):
     # a data set yields batches, here with targets
     calibrate(second, [(data[i : i + 4], np.zeros(4)) for i in (0, 4, 8)], method=method)
     assert scales(first) == scales(second)
+
+
+def grid_alone(quantizer):
+    """A model that puts its input on a grid."""
+    inputs = keras.Input((100, 50, 1))
+    return keras.Model(inputs, layers.Dequantize()(layers.Quantize(quantizer, name="q")(inputs)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "method", "share", "samples"),
+    [
+        ("lsq", {}, "percentile", 99.99, 200_000),
+        ("percentile", {"percentile": 99.0}, "mse", 99.0, 10_000),
+    ],
+)
+def test_a_sample_keeps_the_shares_of_the_values(name, options, method, share, samples):
+    # Heavy tails: the greatest value is far beyond where 99.99 % end.
+    data = np.abs(np.random.default_rng(1).standard_t(3, (100, 100, 50, 1)).astype("float32"))
+    model = grid_alone(quantizer_of(name, bits=8, role="activation", **options))
+    calibrate(model, data, method=method, samples=samples)
+    reach = 127 * float(ops.convert_to_numpy(model.get_layer("q").quantizer.scale))
+    # The share ends at the 20th value of one sample and at the 100th of the other. Such a place
+    # varies by a third of 22 % and of 10 %, as tails fall with the third power: 3 deviations.
+    assert abs(reach / np.percentile(data, share) - 1) < (0.22 if share > 99.9 else 0.1)
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile"])
+def test_a_sample_knows_the_ends_of_all_images(method):
+    data = np.random.default_rng(0).uniform(-1, 1, (20, 100, 50, 1)).astype("float32")
+    data[7, 3, 2], data[11, 5, 1] = -5.0, 10.0
+    model = grid_alone(quantizer_of("affine", bits=8))
+    calibrate(model, data, method=method, samples=1000)
+    assert float(ops.convert_to_numpy(model.get_layer("q").quantizer.scale)) == np.float32(15 / 255)
 
 
 def test_activations_are_float_while_calibrate_looks():
