@@ -1,4 +1,4 @@
-"""The pull towards balanced channels, falling to nothing."""
+"""The pull towards balanced channels, falling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class ChannelBalanceDecay(keras.callbacks.Callback):
     It follows from the epoch alone, so a run that resumes goes on as if never killed.
 
     Args:
-        epochs: the first epoch without it; `None` for as many as `fit` runs.
+        epochs: the first epoch without it; `None` for as many as `fit` runs, whose last epoch
+            then has the little that is left.
 
     Raises:
         ValueError: `epochs` below 1; when training starts, a model without such quantizers.

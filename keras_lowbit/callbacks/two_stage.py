@@ -19,7 +19,8 @@ class TwoStage(keras.callbacks.Callback):
         epoch >= switch_epoch      both quantized
 
     What waits passes bit for bit as in the float model, whatever its scheme's width, 8-bit ends
-    included; validation in the first stage sees it so too. Scales of what waits rest.
+    included; validation in the first stage sees it so too. Scales of what waits rest. One thing
+    does not wait: behind signs (`quantizers.Sign`) SAME padding is -1 from the start.
 
     The state follows from the epoch alone, so a run that resumes goes on as if never killed. A run
     that stops in the first stage leaves a model that an exporter refuses.

@@ -141,7 +141,13 @@ def _grid(lowering, call, quantizer):
         raise NotExportable(
             f"{call.name} is not calibrated. Run keras_lowbit.calibrate(model, images) first"
         )
-    return quantizer.grid()
+    grid = quantizer.grid()
+    if grid.hi - grid.lo > 255:
+        raise NotExportable(
+            f"{call.name}: codes of {grid.bits} bits; files hold at most 8. Quantize with 8 "
+            "bits or fewer"
+        )
+    return grid
 
 
 def _on_grid(lowering, call, value, quantizer):

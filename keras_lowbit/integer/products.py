@@ -110,6 +110,11 @@ def kernel_codes(layer, kernel, quantizer):
     channels = (
         codes.shape[-1] * codes.shape[-2] if _is_depthwise(layer, kernel) else codes.shape[-1]
     )
+    if width > 8 or codes.min(initial=0) < -128 or codes.max(initial=0) > 127:
+        raise NotExportable(
+            f"{layer.name}: kernel codes of {quantizer.bits} bits; files hold at most 8. Quantize "
+            "it with 8 bits or fewer"
+        )
     scale = np.asarray(ops.convert_to_numpy(scale), np.float64)
     if not np.all(np.isfinite(scale)) or not np.all(scale > 0):
         raise NotExportable(f"{layer.name}: kernel scales are not positive and finite")

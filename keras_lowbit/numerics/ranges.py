@@ -45,6 +45,15 @@ def scale_minmax(x, lo, hi, percentile: float = 100.0):
     return scale.astype(np.float32)
 
 
+def ends_around_zero(x):
+    """`(least, greatest)` of the values of `x` and 0.0, as floats; `(0.0, 1.0)` where all are 0.0.
+
+    Nothing but 0.0: any range fits, and a tiny one would make the ratios of a sum extreme.
+    """
+    least, greatest = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    return (least, greatest) if least < greatest else (0.0, 1.0)
+
+
 def scale_mse(x, lo, hi, candidates: int = 100):
     """Scale of least squared error, a value for each column.
 

@@ -64,16 +64,26 @@ def get(identifier, **defaults):
 
     Args:
         identifier: `None`, a name of `names()`, a config of `keras.saving`, or a `Quantizer`.
-        **defaults: constructor arguments used when `identifier` is a name.
+        **defaults: constructor arguments used when `identifier` is a name. An object or a config
+            has its own; of them `role` must be this one.
 
     Raises:
-        ValueError: unknown name (the nearest is suggested), another type, or arguments of a wrong
-            type.
+        ValueError: unknown name (the nearest is suggested), another type, arguments of a wrong
+            type, or a quantizer of kernels for activations and the reverse.
     """
-    if identifier is None or isinstance(identifier, Quantizer):
-        return identifier
+    if identifier is None:
+        return None
     if isinstance(identifier, dict):
-        return keras.saving.deserialize_keras_object(identifier)
+        identifier = keras.saving.deserialize_keras_object(identifier)
+    if isinstance(identifier, Quantizer):
+        role = defaults.get("role", identifier.role)
+        if identifier.role != role:
+            kind = type(identifier).__name__
+            raise ValueError(
+                f"{kind}: a quantizer with role={identifier.role!r} is given where role={role!r} "
+                f"is needed: other ends of the grid. Make it as {kind}(..., role={role!r})"
+            )
+        return identifier
     if isinstance(identifier, str):
         key = identifier.lower()
         if key in _BY_NAME:

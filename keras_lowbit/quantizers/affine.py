@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import keras
 import numpy as np
 from keras import ops
@@ -44,8 +46,10 @@ class Affine(Quantizer):
             raise ValueError(
                 f"Affine: lo must lie in {-(2**self._initial_bits - 1)}..0. Got {lo!r}"
             )
-        if scale is not None and not scale > 0:
-            raise ValueError(f"Affine: scale must be positive or None. Got {scale!r}")
+        if scale is not None and not 0 < scale < math.inf:
+            raise ValueError(f"Affine: scale must be positive and finite, or None. Got {scale!r}")
+        if not math.isfinite(offset):
+            raise ValueError(f"Affine: offset must be finite. Got {offset!r}")
         self._initial_scale, self._initial_lo, self.offset = scale, int(lo), float(offset)
 
     def build(self, input_shape):
@@ -90,7 +94,7 @@ class Affine(Quantizer):
         """Cover the values of `x`, 0.0 included; a scale given at construction stays."""
         if self._initial_scale is not None:
             return
-        top, bottom = max(float(x.max()), 0.0), min(float(x.min()), 0.0)
+        bottom, top = ranges.ends_around_zero(x)
         levels = 2**self.bits - 1
         scale = max((top - bottom) / levels, ranges.SMALLEST_SCALE)
         self.lo.assign(float(np.clip(np.rint(bottom / scale), -levels, 0)))

@@ -100,7 +100,8 @@ class MinMax(Quantizer):
         scale = ops.maximum(high, 0.0) / hi
         if self.signed:
             scale = ops.maximum(scale, ops.minimum(low, 0.0) / lo)
-        return ops.maximum(scale, SMALLEST_SCALE)
+        # As in `ranges.scale_minmax`: where all is 0.0, any scale fits.
+        return ops.where(scale > 0.0, ops.maximum(scale, SMALLEST_SCALE), 1.0 / hi)
 
     def fit_scale(self, x, method="minmax"):
         """Take the range of `x`, whatever `method` says; a kernel's is taken in each call."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import keras
 import numpy as np
 from keras import ops
@@ -64,9 +66,10 @@ class Threshold(Quantizer):
     def __init__(self, bits=8, *, symmetric=True, alpha_range=(0.5, 1.3), **kwargs):
         super().__init__(bits, **kwargs)
         low, high = alpha_range
-        if not 0 < low <= 1 <= high:
+        if not 0 < low <= 1 <= high < math.inf:
             raise ValueError(
-                f"Threshold: alpha_range must hold 1 and be positive. Got {tuple(alpha_range)}"
+                "Threshold: alpha_range must hold 1 and be positive and finite. "
+                f"Got {tuple(alpha_range)}"
             )
         if not symmetric and (self.role == "kernel" or self.axis is not None):
             raise ValueError(
@@ -99,7 +102,7 @@ class Threshold(Quantizer):
         if not self.is_shifted:
             super().fit_scale(x, method)
             return
-        left, right = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+        left, right = ranges.ends_around_zero(x)
         self.left.assign(left)
         self.shift.assign(0.0)
         self._take(np.float32(max(right - left, ranges.SMALLEST_SCALE)))

@@ -145,7 +145,9 @@ class _Reservoir:
 
     def collected(self):
         for key, (quantizer, parts) in self.kept.items():
-            yield quantizer, np.concatenate([*parts, np.float32(self.ends.get(key, ()))])
+            if key in self.ends:
+                parts = [*parts, np.float32(self.ends[key])]
+            yield quantizer, np.concatenate(parts)
 
 
 @contextlib.contextmanager

@@ -39,7 +39,8 @@ class RescaleReport:
 
     Args:
         factors: `{(first layer, second layer): s}` of the pairs that were rescaled.
-        declined: `{first layer: why}` of depthwise layers that were not (`"fat"` only).
+        declined: `{first layer: why}` of layers with a kernel that were not; of depthwise ones
+            alone under `"fat"`.
     """
 
     factors: dict[tuple[str, str], np.ndarray]

@@ -3,7 +3,12 @@
 import keras
 import pytest
 
-from keras_lowbit.callbacks import BatchNormReestimation, BitDescent, CyclicPrecision
+from keras_lowbit.callbacks import (
+    BatchNormReestimation,
+    BitDescent,
+    CyclicPrecision,
+    batch_norm,
+)
 from tests.callbacks import tiny
 
 LOW = "middle.kernel_quantizer"
@@ -52,8 +57,15 @@ def test_it_shares_a_fit_with_a_descent_of_the_other_role():
     assert got == [(4, 3), (2, 2)]
 
 
-def test_batch_norms_can_follow_it():
-    BatchNormReestimation(tiny.images()[0], after=CyclicPrecision(2, 4, 1, 2))
+def test_batch_norms_follow_each_change(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        batch_norm, "reestimate", lambda model, *_: seen.append(tiny.bits(model)[LOW])
+    )
+    cyclic = CyclicPrecision(2, 4, cycles=2, epochs=4)
+    follows = BatchNormReestimation(tiny.images()[0], at_end=False, after=cyclic)
+    tiny.train(tiny.model("w2a2"), [follows, cyclic], epochs=5)
+    assert seen == [4, 2, 4, 2]
 
 
 @pytest.mark.parametrize(

@@ -359,3 +359,19 @@ def test_the_code_of_a_copy_is_chosen_so_that_its_bias_is_whole():
     kernel, scale, bias = integer_product(shifted, value)
     assert (kernel.item(), bias.item()) == (120, 36)
     np.testing.assert_allclose(scale, 1 / 120, rtol=1e-6)  # float32
+
+
+def test_codes_that_int8_does_not_hold_are_refused_by_name():
+    def model(bits, kernel_bits):
+        inputs = keras.Input((5,))
+        x = quantized_layers.Quantize("lsq", bits=bits, name="q")(inputs)
+        kernel = quantizers.get("lsq", bits=kernel_bits, role="kernel", axis=-1)
+        x = quantized_layers.QuantizedDense(3, kernel_quantizer=kernel, name="dense")(x)
+        x = quantized_layers.Dequantize()(quantized_layers.Quantize("lsq")(x))
+        return calibrate(keras.Model(inputs, x), np.ones((4, 5), np.float32))
+
+    integer_graph(model(8, 8))
+    with pytest.raises(NotExportable, match="dense: kernel codes of 12 bits; files hold at most 8"):
+        integer_graph(model(8, 12))
+    with pytest.raises(NotExportable, match="q: codes of 12 bits; files hold at most 8"):
+        integer_graph(model(12, 8))

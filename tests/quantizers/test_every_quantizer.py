@@ -50,6 +50,18 @@ class TestEveryQuantizer:
         assert again.bits == width(name, 5)
         assert again.role == role
 
+    def test_zeros_alone_start_on_a_scale_of_no_extreme_size(self, name, role):
+        # A tiny one would make the ratios of a sum extreme. Every scale here that fits is 1 / hi.
+        if name in ("ternary", "levels"):
+            return  # means of a filter: export gives a filter of zeros a scale of its own
+        quantizer = quantizers.get(name, bits=width(name, 4), role=role)
+        zeros = np.zeros((31, 3), np.float32)
+        quantizer.build(zeros.shape)
+        quantizer.fit_scale(zeros)
+        codes, scale = encode(quantizer, zeros)
+        assert np.all(np.isfinite(codes * scale))
+        assert np.all(scale > 1e-3)
+
     def test_a_saved_model_loads_with_equal_codes(self, name, role, x, tmp_path):
         inputs = keras.Input((3,))
         if role == "kernel":
@@ -209,3 +221,21 @@ class TestRegistry:
     def test_scales_are_kept_for_last_axes_only(self):
         with pytest.raises(ValueError, match="last axes"):
             quantizers.LSQ(axis=0).build((3, 4))
+
+
+def test_a_quantizer_of_kernels_is_no_quantizer_of_activations():
+    # 2-bit kernels have codes -1..1, activations -2..1.
+    message = r"LSQ: .*role='kernel' is given where role='activation' is needed.*LSQ\(\.\.\., role="
+    with pytest.raises(ValueError, match=message):
+        layers.Quantize(quantizers.LSQ(2))
+    with pytest.raises(ValueError, match="role='activation' is given where role='kernel'"):
+        layers.QuantizedDense(2, kernel_quantizer=quantizers.LSQ(2, role="activation"))
+    config = keras.saving.serialize_keras_object(quantizers.LSQ(2))
+    with pytest.raises(ValueError, match=message):
+        layers.QuantizedDense(2, input_quantizer=config)
+
+
+def test_a_config_of_something_else_is_refused():
+    config = keras.saving.serialize_keras_object(keras.layers.Dense(3))
+    with pytest.raises(ValueError, match="Got <Dense"):
+        quantizers.get(config)

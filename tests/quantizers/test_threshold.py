@@ -146,5 +146,7 @@ def test_an_asymmetric_grid_saves_and_loads(tmp_path):
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="alpha_range must hold 1"):
         Threshold(alpha_range=(0.5, 0.9))
+    with pytest.raises(ValueError, match="positive and finite"):
+        Threshold(alpha_range=(0.5, np.inf))
     with pytest.raises(ValueError, match="symmetric=False is for activations"):
         Threshold(symmetric=False, role="kernel")
