@@ -402,9 +402,8 @@ def folded(model, recipe, dataset):
     model = fold_batchnorm(model)
     if not recipe.model.rescale:
         return model
-    return rescale_pairs(
-        model, calibration_images(recipe, dataset), recipe.model.rescale, batch_size=10
-    )
+    images = calibration_images(recipe, dataset)
+    return rescale_pairs(model, images, method=recipe.model.rescale, batch_size=10)
 
 
 def calibration_images(recipe, dataset):

@@ -122,7 +122,7 @@ def _limited(factors, largest, locked, capped, limit):
     return np.where(locked, 1.0, np.clip(factors, *FACTORS))
 
 
-def rescale_pairs(model, data, method="fat", limit=5.9, *, batch_size=32, return_report=False):
+def rescale_pairs(model, images, *, method="fat", limit=5.9, batch_size=32, return_report=False):
     """A copy of a folded float model with pairs of layers rescaled.
 
     `"fat"` equalizes the channels of depthwise kernels, at the cost of the pointwise kernels behind
@@ -136,7 +136,7 @@ def rescale_pairs(model, data, method="fat", limit=5.9, *, batch_size=32, return
 
     Args:
         model: float model without batch norms in between (`fold_batchnorm` first).
-        data: calibration images, as for `calibrate`; outputs on them stay the same.
+        images: calibration images, as for `calibrate`; outputs on them stay the same.
         method: `"fat"`, `"cle"` or `"activations"`.
         limit: below 6: how near to the end of a ReLU6 a channel may be scaled.
         batch_size: images at a time, for arrays.
@@ -162,7 +162,8 @@ def rescale_pairs(model, data, method="fat", limit=5.9, *, batch_size=32, return
         raise ValueError(
             f"rescale_pairs: no pair to rescale in {model.name}. Declined: {declined or 'nothing'}"
         )
-    largest = _largest(program, [p[0] for p in pairs], checked_batches(program, data, batch_size))
+    batches = checked_batches(program, images, batch_size)
+    largest = _largest(program, [p[0] for p in pairs], batches)
     totals = {(a.name, b.name): 1.0 for a, b, _ in pairs}
     for _ in range(_ROUNDS if method == "cle" else 1):
         moved = 0.0

@@ -41,7 +41,7 @@ class Folder:
         path.mkdir(parents=True, exist_ok=True)
         settings = {
             **settings,
-            "bits": _bits(model),
+            "quantizers": _grids(model),
             "float_weights": _checksum(float_model.get_weights()),
             "images": _checksum(images),
         }
@@ -53,9 +53,13 @@ class Folder:
         held = json.loads(file.read_text())
         odd = [key for key in settings if held.get(key) != settings[key]]
         if odd:
+            key, was, now = odd[0], held.get(odd[0]), settings[odd[0]]
+            if isinstance(was, dict) and isinstance(now, dict):  # of layers: the first will do
+                name = next(n for n in (*now, *was) if was.get(n) != now.get(n))
+                key, was, now = f"{key} of {name}", was.get(name), now.get(name)
             raise ValueError(
-                f"reconstruct: {path} holds another run: {odd[0]} was {held.get(odd[0])} and is "
-                f"{settings[odd[0]]} now. Use another folder, or remove this one"
+                f"reconstruct: {path} holds another run: {key} was {was} and is {now} now. Use "
+                "another folder, or remove this one"
             )
         return cls(path)
 
@@ -94,15 +98,19 @@ def _replace(file, write):
     os.replace(unfinished, file)
 
 
-def _bits(model):
-    """`{layer: [bits of its quantizers]}`."""
+def _grids(model):
+    """`{layer: [class, bits and shape of the scale of each quantizer]}`."""
     found = {}
     for call in walk.flatten(model).calls:
         held = [k.quantizer for k in kernels(call.operation)]
         held += activation_quantizers(call.operation)
         if held:
-            found[call.name] = [None if q is None else q.bits for q in held]
+            found[call.name] = [q and [type(q).__name__, q.bits, _shape(q.scale)] for q in held]
     return found
+
+
+def _shape(scale):
+    return None if scale is None else list(scale.shape)
 
 
 def _checksum(arrays):

@@ -133,7 +133,8 @@ def reconstruct(
             blocks as they are, chains up to their next linear tensor.
         rates: `tuning.Rates`.
         block_rates: other `Rates` for some blocks, as `block_steps`.
-        folder: finished blocks are kept there, and a run that was killed goes on behind them.
+        folder: finished blocks are kept there, and a run that was killed goes on behind them:
+            those are taken as they are, however this model was calibrated.
         memory: bytes for activations; what does not fit is kept as float16, or on disk.
         seed: of batches and of dropping.
         jit_compile: `None` compiles with XLA on JAX only: on TensorFlow it makes depthwise

@@ -63,11 +63,11 @@ LOSSES = {"rmse": rmse, "smooth_l1": smooth_l1}
 def tune_thresholds(
     model,
     float_model,
-    data,
+    images,
+    *,
     loss="rmse",
     epochs=6,
     learning_rate=1e-3,
-    *,
     pointwise_epochs=0,
     batch_size=32,
     period=400,
@@ -86,7 +86,7 @@ def tune_thresholds(
             `Scheme(kernel="threshold", activation="threshold")` (`per_channel=False` for one
             threshold a kernel) on a model without batch norms (`fold_batchnorm`).
         float_model: the model that it was made from.
-        data: images, as for `calibrate`.
+        images: images, as for `calibrate`.
         loss: `"rmse"` or `"smooth_l1"`, on logits.
         epochs: over the images, for thresholds.
         learning_rate: of Adam at the start (`callbacks.AdamResetCosine`).
@@ -131,7 +131,7 @@ def tune_thresholds(
     quantized, floating = programs.logits(quantized), programs.logits(floating)
     if len(walk.refs(quantized.outputs)) != 1:
         raise ValueError(f"tune_thresholds: {model.name} must have one output")
-    batches = checked_batches(quantized, data, batch_size)
+    batches = checked_batches(quantized, images, batch_size)
     wanted = np.concatenate([programs.forward(floating, b)[0] for b in track(batches, "float")])
     images = [np.concatenate(column) for column in zip(*batches, strict=True)]
     if jit_compile is None:

@@ -94,7 +94,7 @@ def test_activations_in_front_of_a_depthwise_layer_get_one_range_and_outputs_sta
     kernel = np.random.default_rng(4).normal(size=stem.kernel.shape)
     stem.kernel.assign(0.2 * kernel * [0.1, 1.0, 0.05, 0.5])
     stem.bias.assign(np.float32([0.1, 0.2, 0.01, 0.1]))
-    made = rescale_pairs(model, IMAGES, "activations")
+    made = rescale_pairs(model, IMAGES, method="activations")
     # Float32 rounding of products of three kernels whose channels grew up to a hundredfold.
     np.testing.assert_allclose(outputs(made), outputs(model), atol=2e-5)
     values = ops.convert_to_numpy(keras.Model(made.input, made.get_layer("stem").output)(IMAGES))
@@ -126,7 +126,7 @@ def test_rescaling_under_a_relu_is_exact_in_float64():
 def test_outputs_on_the_calibration_images_stay(method, activation, fused):
     model = net(activation, fused)
     before = [w.copy() for w in model.get_weights()]
-    made, report = rescale_pairs(model, IMAGES, method, batch_size=4, return_report=True)
+    made, report = rescale_pairs(model, IMAGES, method=method, batch_size=4, return_report=True)
     want = outputs(model)
     # float32 sums in another order of magnitude.
     np.testing.assert_allclose(outputs(made), want, atol=1e-5 * np.abs(want).max())
@@ -148,7 +148,7 @@ def test_fat_equalizes_the_depthwise_kernel():
 
 
 def test_cle_settles_with_equal_ranges_on_both_sides():
-    made = rescale_pairs(net("relu"), IMAGES, "cle")
+    made = rescale_pairs(net("relu"), IMAGES, method="cle")
     second = np.abs(ops.convert_to_numpy(made.get_layer("pw").kernel)).max(axis=(0, 1, 3))
     # Rounds end when no factor moves by more than 1e-3; pw is rebalanced against the head after.
     np.testing.assert_allclose(ranges(made), second, rtol=3e-3)

@@ -100,6 +100,10 @@ def test_the_same_seed_gives_the_same_model_and_a_killed_run_goes_on(tmp_path, m
     assert all(b.seconds == 0 for b in got.blocks)
     with pytest.raises(ValueError, match=r"another run: seed was 4 and is 6 now"):
         run(quantized(model), model, seed=6, folder=tmp_path, **TWO)
+    shared = quantized(model, Scheme(4, 4, per_channel=False))
+    message = r"another run: quantizers of \w+ was \[\['LSQ', .* and is .*Use another folder"
+    with pytest.raises(ValueError, match=message):
+        run(shared, model, seed=4, folder=tmp_path, **TWO)
 
 
 def test_blocks_get_the_steps_of_the_last_pattern_that_matches(monkeypatch):

@@ -84,7 +84,16 @@ def test_a_rate_that_only_harms_leaves_the_model_as_it_was():
 def test_pointwise_factors_move_kernels_and_biases_only():
     low, model = made()
     before = values(low)
-    result = tune_thresholds(low, model, X, "smooth_l1", 0, 0.01, pointwise_epochs=2, batch_size=8)
+    result = tune_thresholds(
+        low,
+        model,
+        X,
+        loss="smooth_l1",
+        epochs=0,
+        learning_rate=0.01,
+        pointwise_epochs=2,
+        batch_size=8,
+    )
     after = values(low)
     assert result.after < result.before
     moved = changed(before, after)
