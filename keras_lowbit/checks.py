@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -24,3 +26,27 @@ def checked_count(value: Any, *, who: str, least: int, advice: str = "") -> int:
         said = f"{who} must be a whole number of at least {least}. Got {value!r}"
         raise ValueError(f"{said}. {advice}" if advice else said)
     return int(value)
+
+
+def checked_choice(value: Any, allowed: tuple, *, who: str) -> Any:
+    """`value`, if it is one of `allowed`.
+
+    Args:
+        value: what was given.
+        allowed: what may be given.
+        who: what it was given for, such as `"LSQ: gradient"`; the error begins with it.
+
+    Raises:
+        ValueError: anything else; the nearest is suggested.
+    """
+    if value in allowed:
+        return value
+    raise ValueError(
+        f"{who} must be one of {allowed}. Got {value!r}.{did_you_mean(value, allowed)}"
+    )
+
+
+def did_you_mean(given: Any, known: Iterable[str | None]) -> str:
+    """The end of an error, with the nearest of the known names; empty where none is near."""
+    near = difflib.get_close_matches(str(given), [k for k in known if k is not None], n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit import layers
+from keras_lowbit.data.augment import RandomCropFlip
 from keras_lowbit.walk import Call, Ref
 
 K = keras.layers
@@ -62,6 +63,7 @@ _AUGMENTATIONS = (
     "RandomZoom",
 )  # fmt: skip
 _LAYERS |= {getattr(K, name): "augmentation" for name in _AUGMENTATIONS if hasattr(K, name)}
+_LAYERS[RandomCropFlip] = "augmentation"
 
 # `keras.ops` calls: their classes are private to Keras, their names are the functions'.
 _OPERATIONS = {

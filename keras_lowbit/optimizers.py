@@ -25,6 +25,18 @@ def averages(optimizer) -> list[tuple[keras.Variable, keras.Variable]]:
     return list(zip(own._trainable_variables, own._model_variables_moving_average, strict=True))
 
 
+def velocities(optimizer) -> list[tuple[keras.Variable, keras.Variable]]:
+    """`(variable, its velocity)` of SGD with momentum, in the variable's unit a step, else nothing.
+
+    Args:
+        optimizer: `None`, or one of Keras, inside a `LossScaleOptimizer` or not.
+    """
+    own = unwrapped(optimizer)
+    if not isinstance(own, keras.optimizers.SGD) or not own.built or not own.momentum:
+        return []
+    return list(zip(own._trainable_variables, own.momentums, strict=True))
+
+
 def unwrapped(optimizer):
     """What a `LossScaleOptimizer`, which mixed precision brings, makes its steps with."""
     return getattr(optimizer, "inner_optimizer", optimizer)

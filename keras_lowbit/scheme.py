@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from keras_lowbit.checks import did_you_mean
 from keras_lowbit.numerics.grid import MAGNITUDE_BITS, check_bits
 
 _SHORT = re.compile(r"w(?P<kernel>\d+|t)a(?P<activation>\d+)")
@@ -56,8 +56,7 @@ class Widths:
         match = _SHORT.fullmatch(text.strip().lower())
         if not match:
             known = [f"w{w}a{a}" for w in (8, 6, 4, 3, 2, 1, "t") for a in (8, 6, 4, 3, 2, 1)]
-            near = difflib.get_close_matches(text.lower(), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(text.lower(), known)
             raise ValueError(
                 f"Unknown scheme {text!r}: expected w<bits>a<bits> with 1 to 8 bits, "
                 f"such as 'w4a8', or 'wta8' for ternary kernels.{hint}"
@@ -184,8 +183,7 @@ class Scheme:
     def _from_fields(cls, given, fields):
         for key in given:
             if key not in fields:
-                near = difflib.get_close_matches(str(key), fields, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(key, fields)
                 raise ValueError(f"Scheme: unknown key {key!r}; expected one of {fields}.{hint}")
         return cls(**given)
 

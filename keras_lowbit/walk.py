@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_lowbit.numerics import backend
 
@@ -83,6 +86,17 @@ class Program:
     def producers(self) -> dict[int, Call]:
         """The call that computes each tensor; model inputs have none."""
         return {ref.index: call for call in self.calls for ref in refs(call.outputs)}
+
+    def times(self) -> Counter[int]:
+        """How often each operation is called, by its identity; more than once is a shared layer."""
+        return Counter(id(call.operation) for call in self.calls)
+
+    def feeds(self, batch) -> list[Any]:
+        """Tensors of the inputs' types, of arrays in the order of the inputs."""
+        return [
+            ops.convert_to_tensor(np.asarray(array).astype(ref.dtype))
+            for array, ref in zip(batch, self.inputs, strict=True)
+        ]
 
 
 def refs(structure) -> list[Ref]:

@@ -10,7 +10,11 @@ from absl import flags
 
 BACKENDS = ("tensorflow", "jax", "torch")
 XLA = ("auto", "on", "off")
-TARGETS = ("android", "builtin", "coral")  # those of `tflite_export.targets`
+# Said again, as names of the library's own would import Keras before `--help`.
+TARGETS = ("android", "builtin", "coral")
+METHODS = ("mse", "minmax", "percentile")
+WEIGHTS = ("int8", "int4", "int4_all")
+TYPES = ("float32", "int8", "uint8")
 _DATA = (
     'images: "digits", a keras.datasets name, a .npz (x_train, y_train, x_test, y_test) or a folder'
 )
@@ -86,7 +90,7 @@ def _quantize(values):
     _string(values, "out", None, "the .keras file to write")
     _string(values, "weights", None, "file with float weights, for an architecture")
     _count(values, "images", 512, "training images to calibrate on", 1)
-    _string(values, "method", "mse", "how scales are found", ("mse", "minmax", "percentile"))
+    _string(values, "method", "mse", "how scales are found", METHODS)
     _bool(values, "packed", "write the release form: low-bit kernels as packed codes")
     _bool(values, "overwrite", "replace an existing file")
 
@@ -99,10 +103,9 @@ def _evaluate(values):
 def _export(values):
     _string(values, "out", None, "the .tflite file to write")
     _string(values, "target", "android", "where it runs", TARGETS)
-    _string(values, "weights", "int8", "container of kernels", ("int8", "int4", "int4_all"))
-    types = ("float32", "uint8", "int8")
-    _string(values, "input_type", None, "uint8 takes raw pixels (default: by the model)", types)
-    _string(values, "output_type", "float32", "type of the file's outputs", types)
+    _string(values, "weights", "int8", "container of kernels", WEIGHTS)
+    _string(values, "input_type", None, "uint8 takes raw pixels (default: by the model)", TYPES)
+    _string(values, "output_type", "float32", "type of the file's outputs", TYPES)
     _count(values, "verify_images", 16, "images on which every code is compared; 0 for none")
     _string(values, "data", None, f"verify on training {_DATA} (default: noise)")
     _bool(values, "overwrite", "replace an existing file")

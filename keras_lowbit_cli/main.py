@@ -114,8 +114,10 @@ def _code_of(error):
     """Exit code of an error that the user can mend; `None` for a fault of ours."""
     if isinstance(error, (ValueError, OSError, ImportError, flags.Error)):
         return BAD_INPUT
-    # Training that broke: named by its layer, and no fault of what was given.
-    return 1 if type(error).__name__ == "ScaleError" else None
+    # Training that broke: named by its layer or block, and no fault of what was given. By name,
+    # because the class is in a module that imports Keras.
+    broken = isinstance(error, FloatingPointError) or type(error).__name__ == "ScaleError"
+    return 1 if broken else None
 
 
 def one_line(error: BaseException) -> str:

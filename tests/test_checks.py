@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from keras_lowbit.callbacks import BitDescent, ChannelBalanceDecay, CyclicPrecision
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_choice, checked_count
 from keras_lowbit.training import Stage
 
 pytestmark = pytest.mark.once
@@ -41,3 +41,12 @@ def test_numbers_of_numpy_are_kept_as_ints_by_who_took_them():
         *(cyclic.low, cyclic.high, cyclic.cycles, cyclic.epochs),
     ]
     assert {type(n) for n in kept} == {int}
+
+
+def test_a_choice_is_given_back_or_refused_with_the_nearest():
+    assert checked_choice("b", ("a", "b"), who="K: k") == "b"
+    assert checked_choice(None, ("float32", None), who="K: k") is None
+    with pytest.raises(ValueError, match=r"^K: k must be one of \('ramp', None\). Got 'ram'. Did"):
+        checked_choice("ram", ("ramp", None), who="K: k")
+    with pytest.raises(ValueError, match=r"Got 3\.$"):
+        checked_choice(3, ("ramp", None), who="K: k")

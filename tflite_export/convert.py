@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import os
 from dataclasses import dataclass
@@ -12,13 +14,12 @@ import keras
 import numpy as np
 
 from keras_lowbit import walk
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_choice, checked_count
 from keras_lowbit.integer import frozen as frozen_models
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.build import (
     TYPES,
     WEIGHTS,
-    check_choice,
     integer_graph,
     stored,
 )
@@ -110,16 +111,25 @@ class ExportResult:
         """Write the file under a temporary name, then rename; the path written.
 
         Raises:
-            ValueError: the folder does not exist or cannot be written.
+            ValueError: the folder does not exist.
+            OSError: the disk is full or refuses; names the file. An older file is untouched.
         """
         path = Path(path)
+        if not path.parent.is_dir():
+            raise ValueError(
+                f"{path} cannot be written: there is no folder {path.parent}. Make it first"
+            )
         temporary = path.with_name(f".{path.name}.partial")
         try:
             temporary.write_bytes(self.content)
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+            number = error.errno or errno.EIO
+            reason = f"{os.strerror(number)}; nothing was written and an older file is untouched"
+            raise OSError(number, reason, str(path)) from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         return path
 
     def __str__(self) -> str:
@@ -188,7 +198,7 @@ def convert(
             model was not frozen with.
     """
     place = targets.find(target)
-    check_choice("weights", weights, WEIGHTS)
+    checked_choice(weights, WEIGHTS, who="weights")
     options = {
         "batch": batch,
         "input_type": input_type,
@@ -227,7 +237,7 @@ def _frozen_graph(model, preprocessing, options):
     defaults = {"input_type": None, "output_type": TYPES[0], "weights": WEIGHTS[0]}
     for name, default in defaults.items():
         given = options[name]
-        check_choice(name, given, WEIGHTS if name == "weights" else (*TYPES, default))
+        checked_choice(given, WEIGHTS if name == "weights" else (*TYPES, default), who=name)
         if given != default and has[name] != {given}:
             found = ", ".join(repr(x) for x in sorted(has[name]))
             raise ValueError(

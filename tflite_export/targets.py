@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from keras_lowbit.checks import did_you_mean
 from keras_lowbit.integer import graph as ir
 
 LARGEST_CORAL_SOFTMAX = 16_000
@@ -77,8 +77,7 @@ def find(name: str) -> Target:
     """The target of a name; `ValueError` with the nearest one otherwise."""
     if name in TARGETS:
         return TARGETS[name]
-    near = difflib.get_close_matches(str(name), TARGETS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, TARGETS)
     raise ValueError(f"Unknown target {name!r}; known: {sorted(TARGETS)}.{hint}")
 
 

@@ -24,6 +24,7 @@ from cards import card, overview
 
 import keras_lowbit as klb
 import tflite_export
+from keras_lowbit.cli.files import replacing, write_text
 from keras_lowbit.cli.recipe import without_folders
 from keras_lowbit.zoo import files, registry
 from tflite_export import runtime
@@ -61,16 +62,24 @@ def release(folder: Path, name: str, origin: str) -> registry.Entry:
     """Everything that a release consists of, from a run's folder.
 
     Raises:
-        ValueError: the run has wrong codes, or its packed form gives other files.
+        ValueError: the run was not measured on test images, has a file that was not verified or has
+            wrong codes, its packed form gives other files, or all checkpoints together would pass
+            the limit of the wheel. Nothing is released then.
+        OSError: no run there, or the disk is full or refuses; names the file.
     """
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = without_folders(json.loads((folder / "metrics.json").read_text()))
     if metrics["judged_on"] != "test images":
         raise ValueError(f"{folder} was measured on {metrics['judged_on']}: train without --tune")
+    unverified = [kind for kind, file in metrics["files"].items() if file["wrong_codes"] is None]
+    if unverified:
+        raise ValueError(
+            f"{folder}: not verified: {', '.join(unverified)}. Train with [export] verify_images "
+            "above 0"
+        )
     wrong = sum(file["wrong_codes"] for file in metrics["files"].values())
     if wrong:
         raise ValueError(f"{folder}: {wrong} wrong codes; such a model is not released")
     model = keras.models.load_model(folder / "model.keras", compile=False)
-    registry.RELEASED.mkdir(exist_ok=True)
     checkpoint = folder / "released.keras"
     scheme = scheme_of(metrics)
     if scheme == registry.FLOAT:
@@ -79,6 +88,8 @@ def release(folder: Path, name: str, origin: str) -> registry.Entry:
         klb.save_packed(model, checkpoint)
     content = checkpoint.read_bytes()
     packed = files.read(checkpoint, scheme)
+    entry = entry_of(name, metrics, packed, content, origin)
+    known = shelf_with(entry)
     made = files_of(packed, metrics)
     images = probe_images(packed.input_shape[1:])
     outputs = {weights: outputs_of(file, images) for weights, file in made.items()}
@@ -86,14 +97,14 @@ def release(folder: Path, name: str, origin: str) -> registry.Entry:
         outputs["float"] = packed.predict(images, verbose=0).tolist()
     probes = {"seed": 0, "shape": images.shape[1:], "outputs": outputs}
     metrics["latency"] = latency_of(made)
-    metrics = without_folders(metrics)
-    (registry.RELEASED / f"{name}.keras").write_bytes(content)
+    registry.RELEASED.mkdir(exist_ok=True)
+    with replacing(registry.RELEASED / f"{name}.keras") as temporary:
+        temporary.write_bytes(content)
     evidence = EVIDENCE / name
     evidence.mkdir(exist_ok=True)
-    (evidence / "probes.json").write_text(json.dumps(probes) + "\n")
-    entry = entry_of(name, metrics, packed, content, origin)
+    write_text(json.dumps(probes) + "\n", evidence / "probes.json")
     write(entry, metrics)
-    index(entry)
+    index(known)
     return entry
 
 
@@ -103,7 +114,12 @@ def scheme_of(metrics) -> str:
 
 
 def again(entry: registry.Entry) -> None:
-    """Metrics and card of a released model, its files made from the checkpoint and timed anew."""
+    """Metrics and card of a released model, its files made from the checkpoint and timed anew.
+
+    Raises:
+        ValueError: the checkpoint gives other files than were measured.
+        OSError: the disk is full or refuses; names the file.
+    """
     metrics = json.loads((EVIDENCE / entry.name / "metrics.json").read_text())
     packed = files.read(registry.RELEASED / f"{entry.name}.keras", entry.scheme)
     metrics["latency"] = latency_of(files_of(packed, metrics))
@@ -111,10 +127,14 @@ def again(entry: registry.Entry) -> None:
 
 
 def write(entry: registry.Entry, metrics) -> None:
-    """Metrics and card."""
+    """Metrics and card.
+
+    Raises:
+        OSError: the disk is full or refuses; names the file.
+    """
     evidence = EVIDENCE / entry.name
-    (evidence / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
-    (evidence / "README.md").write_text(card(entry, metrics))
+    write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", evidence / "metrics.json")
+    write_text(card(entry, metrics), evidence / "README.md")
 
 
 def files_of(model, metrics) -> dict[str, bytes]:
@@ -170,8 +190,8 @@ def entry_of(name, metrics, model, content, origin):
     )
 
 
-def index(entry: registry.Entry) -> None:
-    """Add an entry to the shipped index, and write the table of all models.
+def shelf_with(entry: registry.Entry) -> dict[str, registry.Entry]:
+    """All released models and this one, by name.
 
     Raises:
         ValueError: all checkpoints together would pass the limit of the wheel.
@@ -180,8 +200,17 @@ def index(entry: registry.Entry) -> None:
     total = sum(e.bytes for e in known.values())
     if total > SHIPPED_LIMIT:
         raise ValueError(f"All checkpoints together take {total:,} bytes, over {SHIPPED_LIMIT:,}")
-    registry.INDEX.write_text(registry.as_json(known))
-    (EVIDENCE / "README.md").write_text(overview(known))
+    return known
+
+
+def index(known: dict[str, registry.Entry]) -> None:
+    """The shipped index, and the table of all models.
+
+    Raises:
+        OSError: the disk is full or refuses; names the file.
+    """
+    write_text(registry.as_json(known), registry.INDEX)
+    write_text(overview(known), EVIDENCE / "README.md")
 
 
 def main():
@@ -196,7 +225,7 @@ def main():
     if arguments.again:
         for entry in registry.entries().values():
             again(entry)
-        (EVIDENCE / "README.md").write_text(overview(registry.entries()))
+        write_text(overview(registry.entries()), EVIDENCE / "README.md")
         return
     metrics = json.loads((arguments.folder / "metrics.json").read_text())
     name = arguments.name or metrics["recipe"]["name"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
+
 import keras
+import numpy as np
 
 from keras_lowbit.callbacks.bit_descent import BitDescent
 from keras_lowbit.callbacks.norms import graphs_of, kept, reestimate
 from keras_lowbit.checks import checked_count
-from keras_lowbit.optimizers import averages
 
 
 class BatchNormReestimation(keras.callbacks.Callback):
@@ -19,8 +21,9 @@ class BatchNormReestimation(keras.callbacks.Callback):
     weights when training ends, and get statistics of their own.
 
     List it before callbacks that save at the end of an epoch (`ModelCheckpoint`,
-    `BackupAndRestore`, `Resume`). Beside `FreezeBatchNorm` give `at_end=False`, or the end
-    undoes the freeze.
+    `BackupAndRestore`, `Resume`), and behind `EarlyStopping(restore_best_weights=True)`, whose
+    earlier weights get statistics of their own then. Beside `FreezeBatchNorm` give `at_end=False`,
+    or the end undoes the freeze.
 
     Args:
         data: what trains the model, as for `reestimate_batchnorm`: the same augmented batches. Of
@@ -68,7 +71,7 @@ class BatchNormReestimation(keras.callbacks.Callback):
             batch_size, who="BatchNormReestimation: batch_size", least=1
         )
         self._due_at_start = self._due_at_end = False
-        self._stale = False
+        self._fresh: int | None = None
 
     def on_train_begin(self, logs=None):
         """Refuse a model whose batch norms cannot be found, before any step."""
@@ -90,7 +93,7 @@ class BatchNormReestimation(keras.callbacks.Callback):
         # Here and not in `on_epoch_begin`, where `after` may not have had its turn yet.
         if self._due_at_start and self.after.changed_in == self._epoch:
             self._reestimate()
-        self._due_at_start, self._stale = False, True
+        self._due_at_start = False
 
     def on_test_begin(self, logs=None):
         """Before validation."""
@@ -103,12 +106,21 @@ class BatchNormReestimation(keras.callbacks.Callback):
         self.on_test_begin()
 
     def on_train_end(self, logs=None):
-        """After training that stopped early, or whose averages have replaced the weights."""
-        averaged = averages(getattr(self.model, "optimizer", None))
-        if self.at_end and (self._stale or averaged):
+        """Where weights are others than at the last re-estimation.
+
+        Training stopped early, averages (`use_ema`) or an earlier epoch have replaced the weights.
+        """
+        if self.at_end and self._fresh != _checksum(self.model):
             self._reestimate()
 
     def _reestimate(self):
         self.data = kept(self.data, self.steps)
         reestimate(self.model, self.data, self.steps, self.batch_size)
-        self._stale = False
+        self._fresh = _checksum(self.model)
+
+
+def _checksum(model):
+    total = 0
+    for array in model.get_weights():
+        total = zlib.crc32(np.ascontiguousarray(array), total)
+    return total

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_lowbit.callbacks.sites import Site, sites_of
 from keras_lowbit.checks import checked_count
-from keras_lowbit.optimizers import averages
+from keras_lowbit.optimizers import averages, velocities
 
 MAX_BITS = 8
 _ROLES = {"weights": ("kernel",), "activations": ("activation",), "both": ("kernel", "activation")}
@@ -106,7 +106,7 @@ class BitDescent(keras.callbacks.Callback):
             # A resumed run arrives with the bits and scales it left with: never hand over twice.
             if site.quantizer.bits != bits:
                 optimizer = getattr(self.model, "optimizer", None)
-                with moved_averages(optimizer, site.quantizer.scale):
+                with moved_memory(optimizer, site.quantizer.scale):
                     site.quantizer.set_bits(bits)
                 changed += 1
         if changed:
@@ -118,21 +118,26 @@ class BitDescent(keras.callbacks.Callback):
 
 
 @contextlib.contextmanager
-def moved_averages(optimizer, scale):
-    """Inside the block a scale changes; the optimizer's average of it (`use_ema`) changes likewise.
+def moved_memory(optimizer, scale):
+    """Inside the block a scale changes; what the optimizer keeps in its unit changes likewise.
+
+    That is its average (`use_ema`), and the velocity of SGD with momentum: from 2 to 8 bits a scale
+    shrinks 127 times, and the old velocity would carry it through 0 in a few steps.
 
     Args:
         optimizer: `None`, or one of Keras.
         scale: variable of a quantizer, trained or not; `None` for a quantizer without.
     """
-    average = next((mean for own, mean in averages(optimizer) if own is scale), None)
-    if average is None:
+    kept = [*averages(optimizer), *velocities(optimizer)]
+    memory = [variable for own, variable in kept if own is scale]
+    if not memory:
         yield
         return
     before = np.array(ops.convert_to_numpy(scale))
     yield
     ratio = ops.convert_to_numpy(scale) / before
-    average.assign(ops.convert_to_numpy(average) * ratio)
+    for variable in memory:
+        variable.assign(ops.convert_to_numpy(variable) * ratio)
 
 
 def _checked_plan(plan) -> dict[int, int]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +20,11 @@ from keras_lowbit.checks import checked_count
 _SEEDS = "seeds.npz"
 _STATE = "state_{}.npz"
 _SNAPSHOT = re.compile(r"epoch_(\d{6})")
+# What readers let through when a file is cut off, overwritten or of another kind.
+_DAMAGE = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError),
+    *(struct.error, zipfile.BadZipFile, zlib.error),
+)
 
 
 class Resume(keras.callbacks.Callback):
@@ -51,7 +59,8 @@ class Resume(keras.callbacks.Callback):
 
     Raises:
         ValueError: `every` below 1, `directory` is a file, or something in `also` has no state;
-            when training starts, a snapshot that was taken without one of `also`.
+            when training starts, a snapshot that is damaged, of another model, or taken without
+            one of `also`.
     """
 
     def __init__(
@@ -80,19 +89,19 @@ class Resume(keras.callbacks.Callback):
         found = self._snapshots()
         if not found:
             return
-        self._keras_backup(found[-1]).on_train_begin()
-        with np.load(found[-1] / _SEEDS) as seeds:
-            for state, name in zip(self._seed_states(), sorted(seeds.files), strict=True):
-                state.assign(seeds[name])
-        for i, callback in enumerate(self.also):
-            file = found[-1] / _STATE.format(i)
-            if not file.exists():
-                raise ValueError(
-                    f"Resume: {found[-1]} holds no state of {type(callback).__name__}: it was "
-                    "taken without it in also. Start afresh with an empty directory"
-                )
-            with np.load(file) as state:
-                callback.set_state(dict(state))
+        # Read before anything is changed.
+        seeds, states = self._arrays_of(found[-1])
+        try:
+            self._keras_backup(found[-1]).on_train_begin()
+        except _DAMAGE as error:
+            raise ValueError(
+                f"Resume: {found[-1]} is damaged or belongs to another model than "
+                f"{self.model.name} ({_short(error)}). Start afresh with an empty directory"
+            ) from error
+        for state, array in zip(self._seed_states(), seeds, strict=True):
+            state.assign(array)
+        for callback, arrays in zip(self.also, states, strict=True):
+            callback.set_state(arrays)
 
     def on_epoch_begin(self, epoch, logs=None):
         """Keras has read where to begin; forgotten now, it is also when `fit` is interrupted."""
@@ -124,6 +133,24 @@ class Resume(keras.callbacks.Callback):
         for older in self._snapshots()[:-1]:
             shutil.rmtree(older)
 
+    def _arrays_of(self, snapshot):
+        """Random states, and the arrays of each of `also`."""
+        seeds, wanted = [*read_arrays(snapshot / _SEEDS).values()], len(self._seed_states())
+        if len(seeds) != wanted:
+            raise ValueError(
+                f"Resume: {snapshot} belongs to another model than {self.model.name}: it has "
+                f"{len(seeds)} random states, not {wanted}. Give each training a directory of its "
+                "own"
+            )
+        files = [snapshot / _STATE.format(i) for i in range(len(self.also))]
+        for callback, file in zip(self.also, files, strict=True):
+            if not file.exists():
+                raise ValueError(
+                    f"Resume: {snapshot} holds no state of {type(callback).__name__}: it was "
+                    "taken without it in also. Start afresh with an empty directory"
+                )
+        return seeds, [read_arrays(file) for file in files]
+
     def _snapshots(self):
         """Complete snapshots, oldest first."""
         if not self.directory.is_dir():
@@ -139,6 +166,33 @@ class Resume(keras.callbacks.Callback):
         model = self.model
         weights = {id(v) for v in model.weights}
         return [v for v in model.variables if id(v) not in weights]
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` of ours, in the order of their names.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    try:
+        # NumPy takes what is no archive for a pickle, and says so.
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("cut short or no .npz file")
+        with np.load(path) as stored:
+            return {name: stored[name] for name in sorted(stored.files)}
+    except _DAMAGE as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: BaseException) -> ValueError:
+    """What to raise for a file of a training that cannot be read."""
+    return ValueError(f"{path} is damaged ({_short(error)}). Start afresh with an empty directory")
+
+
+def _short(error):
+    """The first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def forget_initial_epoch(model: keras.Model) -> None:

@@ -8,8 +8,11 @@ from keras import ops
 
 from keras_lowbit.callbacks.sites import layers_of, sites_of
 from keras_lowbit.checks import checked_count
+from keras_lowbit.optimizers import unwrapped
 from keras_lowbit.quantizers.base import PositiveScale
 
+# `AdamW` is one of Adam's.
+_ADAPTIVE = (keras.optimizers.Adam, keras.optimizers.Lion, keras.optimizers.RMSprop)
 # A scale below this share of its start has nothing left to say.
 VANISHED = 1e-7
 
@@ -123,7 +126,17 @@ class ScaleGuard(keras.callbacks.Callback):
         raise ScaleError(
             f"Layer {name}: {what} (epoch {self._epoch + 1}, step {self._steps} of this fit). "
             "Go back to the last checkpoint with a smaller learning rate, or clip gradients "
-            "(clipnorm=1.0 in the optimizer)"
+            f"(clipnorm=1.0 in the optimizer){self._advice()}"
+        )
+
+    def _advice(self):
+        # Its steps are of the rate's size whatever the gradient: clipping changes nothing.
+        if not isinstance(unwrapped(getattr(self.model, "optimizer", None)), _ADAPTIVE):
+            return ""
+        return (
+            ". Adam and its like move a scale by the learning rate a step, however small it is: "
+            "give scales a rate of their own, RatedAdam(rate, rates=quantizer_rates(model, 0.01)), "
+            "or train with SGD"
         )
 
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from keras_lowbit.checks import did_you_mean
 from keras_lowbit.cli.methods import Methods, check_methods
+from keras_lowbit.integer.build import TYPES, WEIGHTS
+from keras_lowbit.numerics.ranges import METHODS
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.rescale_depthwise import METHODS as RESCALINGS
 from keras_lowbit.tuning.block_model import Rates
 from keras_lowbit.tuning.reconstruct import ROUNDINGS
+from tflite_export.targets import TARGETS
 
-METHODS = ("mse", "minmax", "percentile")
-WEIGHTS = ("int8", "int4", "int4_all")
-TYPES = ("float32", "int8", "uint8")
-TARGETS = ("android", "builtin", "coral")
 XLA = ("auto", "on", "off")
 
 
@@ -291,8 +290,7 @@ def without_folders(metrics: dict) -> dict:
 
 
 def _near(given, known):
-    near = difflib.get_close_matches(given, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else f" Known: {sorted(known)}"
+    return did_you_mean(given, known) or f" Known: {sorted(known)}"
 
 
 def _section(values, cls, where):
@@ -344,7 +342,7 @@ def checked(recipe: Recipe, path: str) -> Recipe:
         ("reconstruct", "rounding"): ROUNDINGS,
         ("pretrain", "xla"): XLA,
         ("train", "xla"): XLA,
-        ("export", "target"): TARGETS,
+        ("export", "target"): tuple(TARGETS),
         ("export", "input_type"): ("", *TYPES),
         ("export", "output_type"): TYPES,
     }

@@ -7,7 +7,7 @@ root/cat/1.jpg         root/dog/2.jpg           one part, split by a seed
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +218,9 @@ def _common_size(files: list[Path], size: tuple[int, int] | None) -> tuple[int, 
 
 
 def _header_size(file: Path) -> tuple[int, int]:
+    pillow = _pillow()
     try:
-        with _pillow().open(file) as image:
+        with pillow.open(file) as image:
             turned = image.getexif().get(0x0112, 1) >= 5  # orientations with a quarter turn
             return image.size if turned else image.size[::-1]
     except Exception as error:
@@ -229,11 +230,16 @@ def _header_size(file: Path) -> tuple[int, int]:
 def _read(files: list[Path], size: tuple[int, int], channels: int, memory_limit: int) -> Any:
     if len(files) * size[0] * size[1] * channels > memory_limit:
         return LazyImages(files, size, channels)
-    return _stack(list(progress.track(files, "reading images")), size, channels)
+    return _stack(files, size, channels, lambda files: progress.track(files, "reading images"))
 
 
-def _stack(files: Sequence[Path], size: tuple[int, int], channels: int) -> np.ndarray:
+def _stack(
+    files: Sequence[Path],
+    size: tuple[int, int],
+    channels: int,
+    shown: Callable[[Sequence[Path]], Iterable[Path]] = iter,
+) -> np.ndarray:
     images = np.empty((len(files), *size, channels), "uint8")
-    for image, file in zip(images, files, strict=True):
+    for image, file in zip(images, shown(files), strict=True):
         image[...] = read_image(file, size, channels)
     return images

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 import keras
 import numpy as np
 
+from keras_lowbit.checks import did_you_mean
 from keras_lowbit.data.dataset import Dataset, stratified
 from keras_lowbit.data.folder import read_folder
 from keras_lowbit.data.npz import read_npz
@@ -63,8 +63,7 @@ def load(
         return read_npz(path)
     if path.is_file():
         raise ValueError(f"{path} is neither a .npz file nor a folder of images")
-    near = difflib.get_close_matches(name, NAMES, 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, NAMES)
     raise ValueError(
         f"No data set and no path is called {name!r}.{hint} Known names: {', '.join(NAMES)}; "
         "or pass a .npz file or a folder of images by class"

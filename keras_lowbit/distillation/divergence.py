@@ -17,7 +17,7 @@ def divergence(target_logits, logits, temperature):
     `keras.distillation` applies to probabilities, cuts those below 1e-7 and their gradient.
 
     Args:
-        target_logits: `(batch, classes)`, without gradient.
+        target_logits: `(batch, classes)`, without gradient; float32 under any policy, as `logits`.
         logits: `(batch, classes)`.
         temperature: T, positive.
 
@@ -31,13 +31,14 @@ def divergence(target_logits, logits, temperature):
         Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015,
         arXiv:1503.02531, section 2.
     """
+    target_logits, logits = (ops.cast(x, "float32") for x in (target_logits, logits))
     log_p = ops.log_softmax(ops.stop_gradient(target_logits) / temperature, axis=-1)
     log_q = ops.log_softmax(logits / temperature, axis=-1)
     return temperature**2 * ops.mean(ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1))
 
 
 def on_grid_of(quantizer, x):
-    """`x` as the activation quantizer gives it, without gradient to the quantizer.
+    """`x` as the activation quantizer gives it, which learns nothing of it.
 
         out = scale * code(x)
 
@@ -48,7 +49,9 @@ def on_grid_of(quantizer, x):
     Gradient:
         To `x`: 1 where `lo - 0.5 <= x / scale <= hi + 0.5`, else 0; 1 while it is switched off.
     """
-    codes, scale = quantizer.encode(ops.stop_gradient(x))
+    x = ops.cast(x, "float32")
+    with quantizer.at_rest():
+        codes, scale = quantizer.encode(ops.stop_gradient(x))
     lo, hi = quantizer.bounds()
     inside = inside_mask(ops.stop_gradient(x / scale), lo, hi)
     if quantizer.switch is not None:
@@ -57,5 +60,6 @@ def on_grid_of(quantizer, x):
 
 
 def squared_distance(first, second):
-    """`mean (first - second)^2` over batch and features."""
+    """`mean (first - second)^2` over batch and features, in float32."""
+    first, second = (ops.cast(x, "float32") for x in (first, second))
     return ops.mean(ops.square(first - second))

@@ -18,6 +18,11 @@ class Distiller(keras.distillation.Distiller):
     weights are not used, as there: `MutualDistiller(frozen_teacher=True)` minds them.
     """
 
+    def _assert_same_dtype(self, teacher_dtype, student_dtype, context):
+        # Under mixed precision a float teacher ends in halves, a quantized student in float32.
+        if not all("float" in dtype for dtype in (teacher_dtype, student_dtype)):
+            super()._assert_same_dtype(teacher_dtype, student_dtype, context)
+
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss above."""
         if y_pred is None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import keras
 from keras import ops
 
+from keras_lowbit import walk
+from keras_lowbit.checks import did_you_mean
 from keras_lowbit.distillation.divergence import divergence, on_grid_of, squared_distance
-from keras_lowbit.kinds import activation_name
+from keras_lowbit.kinds import TRANSPARENT, activation_name, walk_back
 from keras_lowbit.layers import Quantize
+
+# Calls behind which probabilities are still probabilities.
+_KEEP_VALUES = TRANSPARENT | {"quantize", "dequantize"}
 
 
 @keras.saving.register_keras_serializable(package="keras_lowbit")
@@ -51,9 +55,9 @@ class MutualDistiller(keras.Model):
         hint_weight: weight of the hints.
 
     Raises:
-        ValueError: models of other inputs or outputs, or that end in a softmax; shared variables,
-            weights below 0, a temperature not positive, unknown hint layers; in `compile`, a loss
-            on probabilities.
+        ValueError: models of other inputs or outputs, or one that ends in a softmax; shared
+            variables, weights below 0, a temperature not positive, unknown hint layers; in
+            `compile`, a loss on probabilities.
 
     Reference:
         Zhuang et al., arXiv:1908.04680, joint knowledge distillation, as in the authors' code;
@@ -231,12 +235,12 @@ def _checked_models(float_model, quantized_models) -> list[keras.Model]:
                 "MutualDistiller takes functional or Sequential models of one output. "
                 f"Got {getattr(model, 'name', model)!r}"
             )
-    if _ends_in_probabilities(float_model):
-        raise ValueError(
-            f"MutualDistiller: {float_model.name} ends in probabilities; distillation compares "
-            "logits. Make the models without the last softmax or sigmoid "
-            "(classifier_activation=None in keras.applications)"
-        )
+        if _ends_in_probabilities(model):
+            raise ValueError(
+                f"MutualDistiller: {model.name} ends in probabilities; distillation compares "
+                "logits. Make the models without the last softmax or sigmoid "
+                "(classifier_activation=None in keras.applications)"
+            )
     for model in given:
         for what in ("input_shape", "output_shape"):
             ours, theirs = getattr(model, what), getattr(float_model, what)
@@ -258,8 +262,11 @@ def _checked_models(float_model, quantized_models) -> list[keras.Model]:
 
 
 def _ends_in_probabilities(model):
-    last = model.outputs[0]._keras_history.operation
-    return activation_name(last) in ("softmax", "softmax_variant", "sigmoid")
+    program = walk.flatten(model)
+    (output,) = walk.refs(program.outputs)
+    last = walk_back(program.producers(), output, _KEEP_VALUES)
+    probabilities = ("softmax", "softmax_variant", "sigmoid")
+    return last is not None and activation_name(last.operation) in probabilities
 
 
 def _checked_temperatures(temperature, count) -> list[float]:
@@ -301,6 +308,5 @@ def _layer(model, name):
     known = [layer.name for layer in model.layers]
     if name in known:
         return model.get_layer(name)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, known)
     raise ValueError(f"MutualDistiller: {model.name} has no layer {name!r}.{hint}")

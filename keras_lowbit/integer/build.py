@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_lowbit import walk
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_choice, checked_count
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.lower import Lowering
 from keras_lowbit.integer.values import NotExportable, OnGrid, Probabilities
@@ -16,12 +16,6 @@ from keras_lowbit.kinds import kind_of, normalizing_of
 
 TYPES = ("float32", "int8", "uint8")
 WEIGHTS = ("int8", "int4", "int4_all")
-
-
-def check_choice(argument, given, allowed):
-    """Raise `ValueError` unless `given` is one of `allowed`."""
-    if given not in allowed:
-        raise ValueError(f"{argument} must be one of {allowed}. Got {given!r}")
 
 
 def integer_graph(
@@ -52,10 +46,10 @@ def integer_graph(
         NotExportable: names the layer that has no integer form, and the way out.
         ValueError: an unknown type.
     """
-    check_choice("output_type", output_type, TYPES)
-    check_choice("weights", weights, WEIGHTS)
+    checked_choice(output_type, TYPES, who="output_type")
+    checked_choice(weights, WEIGHTS, who="weights")
     if input_type is not None:
-        check_choice("input_type", input_type, TYPES)
+        checked_choice(input_type, TYPES, who="input_type")
     batch = checked_count(batch, who="batch", least=1)
     program = walk.flatten(model)
     lowering = Lowering(program, batch, weights, preprocessing=_pixels(preprocessing, program))

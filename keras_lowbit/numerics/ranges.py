@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-METHODS = ("minmax", "percentile", "mse")
+METHODS = ("mse", "minmax", "percentile")
 # Below this a scale is a dead channel's: codes are all zero whatever it is.
 SMALLEST_SCALE = 1e-8
 # Values searched at a time, so that what is computed of them stays in a processor's cache.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-
 import keras
 
+from keras_lowbit.checks import did_you_mean
 from keras_lowbit.quantizers.affine import Affine
 from keras_lowbit.quantizers.base import Quantizer
 from keras_lowbit.quantizers.channel_balanced import ChannelBalanced
@@ -93,8 +92,7 @@ def get(identifier, **defaults):
                 raise ValueError(
                     f"Quantizer {key!r} cannot be made of {defaults}: {error}"
                 ) from error
-        near = difflib.get_close_matches(key, _BY_NAME, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(key, _BY_NAME)
         raise ValueError(f"Unknown quantizer {identifier!r}; known: {sorted(_BY_NAME)}.{hint}")
     raise ValueError(
         "A quantizer is given as None, a name, a config or a Quantizer object. "

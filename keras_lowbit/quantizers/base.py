@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 
 import keras
 import numpy as np
@@ -88,6 +88,8 @@ class Quantizer(keras.layers.Layer):
         self.switch = None
         self.pull = None
         self._initially_enabled = bool(enabled)
+        # Set inside `at_rest`.
+        self.resting = False
         # Set by whoever switches off for a step and on again: a config does not remember it.
         self.off_for_a_step = False
         self.axis = (axis,) if isinstance(axis, int) else None if axis is None else tuple(axis)
@@ -312,6 +314,18 @@ class Quantizer(keras.layers.Layer):
         reals = x - self.offset if self.offset else x
         return ops.where(on, codes, reals), ops.where(on, scale, 1.0)
 
+    @contextlib.contextmanager
+    def at_rest(self):
+        """Inside the block values of another tensor are encoded: nothing is learned of them.
+
+        Quantizers that add a loss or move their range with each batch (`breaks`) leave it there.
+        """
+        self.resting = True
+        try:
+            yield
+        finally:
+            self.resting = False
+
     def call(self, inputs):
         """Values on the grid, `scale * code`."""
         codes, scale = self.encode(inputs)
@@ -428,12 +442,3 @@ class PositiveScale(keras.constraints.Constraint):
     def get_config(self):
         """Arguments of the constructor."""
         return {"smallest": self.smallest}
-
-
-def checked_choice(who: str, argument: str, given, allowed):
-    """`given`, or `ValueError` with the nearest of `allowed`."""
-    if given in allowed:
-        return given
-    near = difflib.get_close_matches(str(given), allowed, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{who}: {argument} must be one of {allowed}. Got {given!r}.{hint}")

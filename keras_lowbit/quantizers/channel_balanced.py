@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-
 import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.checks import checked_choice
 from keras_lowbit.numerics import ranges
 from keras_lowbit.quantizers.base import PACKAGE
 from keras_lowbit.quantizers.lsq import LSQ
@@ -69,12 +68,7 @@ class ChannelBalanced(LSQ):
                 f"axis=None. Got {axis!r}"
             )
         super().__init__(bits, role=role, **kwargs)
-        if agg not in AGGREGATES:
-            near = difflib.get_close_matches(str(agg), AGGREGATES, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"ChannelBalanced: agg must be one of {AGGREGATES}. Got {agg!r}.{hint}"
-            )
+        checked_choice(agg, AGGREGATES, who="ChannelBalanced: agg")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight >= 0:
             raise ValueError(f"ChannelBalanced: weight must be at least 0. Got {weight!r}")
         self.agg, self.weight = agg, float(weight)
@@ -90,6 +84,8 @@ class ChannelBalanced(LSQ):
         if self.switch is not None:
             strength = strength * ops.convert_to_tensor(self.switch)
         codes, fixed = super().to_codes(x)
+        if self.resting:
+            return codes, fixed
         self.add_loss(strength * self.objective(x, codes, self.scale_in_use(*self.bounds())))
         return codes, fixed
 

@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.checks import checked_choice
 from keras_lowbit.numerics import uniform
 from keras_lowbit.numerics.grid import check_bits
 from keras_lowbit.numerics.ranges import SMALLEST_SCALE
-from keras_lowbit.quantizers.base import PACKAGE, Quantizer, checked_choice
+from keras_lowbit.quantizers.base import PACKAGE, Quantizer
 from keras_lowbit.quantizers.level_modes import MODES, SELECTOR_BITS
 from keras_lowbit.quantizers.lloyd import NOTHING, levels_of
 
@@ -77,13 +78,13 @@ class Levels(Quantizer):
         self._given_axis = axis
         super().__init__(bits, axis=axis if per_filter else None, **kwargs)
         self.per_filter = bool(per_filter)
-        self._mode_name = checked_choice("Levels", "mode", mode, tuple(MODES))
+        self._mode_name = checked_choice(mode, tuple(MODES), who="Levels: mode")
         if mode == "selector" and bits > SELECTOR_BITS:
             raise ValueError(
                 f"Levels: a selector keeps 2^bits copies of the kernel: bits 1 or 2. Got {bits}; "
                 "take mode='codebook' or 'basis'"
             )
-        self.init = checked_choice("Levels", "init", init, INITS)
+        self.init = checked_choice(init, INITS, who="Levels: init")
 
     def build(self, input_shape):
         """Create levels at -1..1, until `fit_scale` sees the kernel."""

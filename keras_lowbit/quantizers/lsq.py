@@ -5,10 +5,11 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from keras_lowbit.checks import checked_choice
 from keras_lowbit.numerics import uniform
 from keras_lowbit.numerics.bend import bend
 from keras_lowbit.numerics.grid import code_bounds
-from keras_lowbit.quantizers.base import PACKAGE, Quantizer, checked_choice, count_features
+from keras_lowbit.quantizers.base import PACKAGE, Quantizer, count_features
 
 GRADIENTS = ("ste", "ewgs")
 
@@ -69,7 +70,7 @@ class LSQ(Quantizer):
         if max_value is not None and not max_value > 0:
             raise ValueError(f"LSQ: max_value must be positive or None. Got {max_value!r}")
         self.max_value = max_value
-        self.gradient = checked_choice("LSQ", "gradient", gradient, GRADIENTS)
+        self.gradient = checked_choice(gradient, GRADIENTS, who="LSQ: gradient")
         if isinstance(delta, bool) or not isinstance(delta, (int, float)) or not delta >= 0:
             raise ValueError(f"LSQ: delta must be at least 0. Got {delta!r}")
         self._delta = float(delta)

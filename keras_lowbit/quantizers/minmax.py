@@ -85,6 +85,8 @@ class MinMax(Quantizer):
 
     def _moved(self, low, high):
         """The range after a batch, stored; as it was while `update_ranges` is 0.0."""
+        if self.resting:
+            return ops.convert_to_tensor(self.low), ops.convert_to_tensor(self.high)
         update = self.update_ranges > 0.5
         keep = ops.where(self.calibrated > 0.5, self.momentum, 0.0)
         ranges = []

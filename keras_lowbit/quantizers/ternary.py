@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.checks import checked_choice
 from keras_lowbit.numerics import ternary, uniform
 from keras_lowbit.numerics.grid import check_bits
 from keras_lowbit.numerics.ranges import SMALLEST_SCALE
-from keras_lowbit.quantizers.base import PACKAGE, PositiveScale, Quantizer, checked_choice
+from keras_lowbit.quantizers.base import PACKAGE, PositiveScale, Quantizer
 
 BITS = 2
 THRESHOLDS = ("twn", "quantile", "learned")
@@ -82,9 +83,9 @@ class Ternary(Quantizer):
         **kwargs,
     ):
         super().__init__(check_ternary_bits(bits), **kwargs)
-        self.threshold = checked_choice("Ternary", "threshold", threshold, THRESHOLDS)
-        self.scale_rule = checked_choice("Ternary", "scale", scale, SCALES)
-        self.gradient = checked_choice("Ternary", "gradient", gradient, GRADIENTS)
+        self.threshold = checked_choice(threshold, THRESHOLDS, who="Ternary: threshold")
+        self.scale_rule = checked_choice(scale, SCALES, who="Ternary: scale")
+        self.gradient = checked_choice(gradient, GRADIENTS, who="Ternary: gradient")
         self._temperature = _number("temperature", temperature, "positive", lambda v: v > 0)
         self.floor = _number("floor", floor, "from 0 to 1", lambda v: 0 <= v <= 1)
         self.zeros = _number("zeros", zeros, "from 0 to below 1", lambda v: 0 <= v < 1)

@@ -48,14 +48,17 @@ class CyclicTraining:
     re-estimated, and the optimizer is new. One graph serves all bits. Compare with other methods at
     equal `total_epochs`, which is `C sum(E_k) + (C - 1) E_return`.
 
-        plan = StagePlan.descent((4, 3, 2), epochs=2, learning_rate=1e-3)
-        accurate = Stage("float", None, None, epochs=1, learning_rate=1e-4)
+        plan = StagePlan.descent((4, 3, 2), epochs=2, learning_rate=1e-2)
+        accurate = Stage("float", None, None, epochs=1, learning_rate=1e-3)
         training = CyclicTraining(plan, cycles=2, return_stage=accurate)
         training.fit(
             model, x, y,
-            optimizer=lambda visit: keras.optimizers.Adam(visit.stage.learning_rate),
+            optimizer=lambda visit: keras.optimizers.SGD(visit.stage.learning_rate, momentum=0.9),
             compile_options={"loss": ...},
         )
+
+    Adam moves a scale by the learning rate a step, and 8-bit scales are often smaller than 1e-3:
+    give them a rate of their own (`RatedAdam` with `quantizer_rates`).
 
     Args:
         plan: stages of a cycle.

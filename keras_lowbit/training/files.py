@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.callbacks.resume import damaged, read_arrays
 from keras_lowbit.callbacks.sites import sites_of
 
 
@@ -21,8 +22,20 @@ def write_json(content, path: Path) -> None:
 
 
 def read_json(path: Path, default):
-    """The content, or `default` where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+    """The content, or `default` where there is no file.
+
+    Raises:
+        ValueError: a damaged file, or one of something else than `default` where that is no `None`.
+    """
+    if not path.is_file():
+        return default
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if default is not None and type(found) is not type(default):
+            raise ValueError(f"no {type(default).__name__}")
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from error
+    return found
 
 
 def write_state(model: keras.Model, path: Path) -> None:
@@ -41,11 +54,9 @@ def read_state(model: keras.Model, path: Path) -> None:
     """Put back what `write_state` wrote.
 
     Raises:
-        ValueError: the file belongs to another model.
+        ValueError: the file is damaged, or belongs to another model.
     """
-    with np.load(path) as stored:
-        names = sorted(stored.files)
-        arrays = [stored[name] for name in names]
+    arrays = list(read_arrays(path).values())
     shapes = [tuple(array.shape) for array in arrays]
     variables = _kept(model)
     if shapes != [tuple(v.shape) for v in variables]:

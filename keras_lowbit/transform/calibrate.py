@@ -9,9 +9,10 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit import walk
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_choice, checked_count
 from keras_lowbit.kinds import kind_of, walk_back
 from keras_lowbit.layers.packed_kernels import kernels
+from keras_lowbit.numerics.ranges import METHODS
 from keras_lowbit.progress import track
 from keras_lowbit.quantizers import Affine, Quantizer
 from keras_lowbit.transform.batches import Batches
@@ -19,7 +20,6 @@ from keras_lowbit.transform.kernels import fit_kernels
 from keras_lowbit.transform.plan import OF_IMAGES
 from keras_lowbit.transform.snap_biases import snap_biases
 
-METHODS = ("mse", "minmax", "percentile")
 # Values kept of each tensor for the search of its scale; more do not move 8-bit scales.
 SAMPLES = 200_000
 _ACTIVATION_QUANTIZERS = ("quantizer", "input_quantizer", "between_quantizer", "output_quantizer")
@@ -54,8 +54,7 @@ def calibrate(
         ValueError: a model without quantizers, no images, NaN, shapes or input names that are not
             the model's, numbers below 1, or a data set without end and no `steps`.
     """
-    if method not in METHODS:
-        raise ValueError(f"calibrate: method must be one of {METHODS}. Got {method!r}")
+    checked_choice(method, METHODS, who="calibrate: method")
     checked_count(batch_size, who="calibrate: batch_size", least=1)
     checked_count(samples, who="calibrate: samples", least=1)
     program = walk.flatten(model)
@@ -71,11 +70,7 @@ def calibrate(
     reservoir = _Reservoir(samples, batches.images, method)
     with _observed(program, reservoir, only_new):
         for batch in track(batches, "calibrate"):
-            feeds = [
-                ops.convert_to_tensor(a.astype(ref.dtype))
-                for a, ref in zip(batch, program.inputs, strict=True)
-            ]
-            walk.forward(program, feeds)
+            walk.forward(program, program.feeds(batch))
     of_images = _image_grids(program)
     collected = list(reservoir.collected())
     for quantizer, x in collected:

@@ -11,8 +11,6 @@ Reference:
 
 from __future__ import annotations
 
-import collections
-
 import numpy as np
 from keras import ops
 
@@ -53,7 +51,7 @@ def correct_biases(model, float_model, images):
             "that it was quantized from"
         )
     batch = _only_batch(program, images)
-    feeds = _feeds(program, batch)
+    feeds = program.feeds(batch)
     bar = iter(track(range(len(program.calls)), "correct biases"))
 
     def execute(call, args, kwargs):
@@ -74,7 +72,7 @@ def correct_biases(model, float_model, images):
 def _sites(program) -> dict[int, str]:
     """Tensors whose mean a bias can move, by index: products and the batch norms behind them."""
     readers = program.readers()
-    times = collections.Counter(id(call.operation) for call in program.calls)
+    times = program.times()
     found = {}
     for call in program.calls:
         if times[id(call.operation)] > 1:
@@ -107,7 +105,7 @@ def _float_means(program, images):
             means[call.plain] = _channel_mean(outputs)
         return outputs
 
-    walk.forward(program, _feeds(program, batch), execute)
+    walk.forward(program, program.feeds(batch), execute)
     return means
 
 
@@ -119,13 +117,6 @@ def _only_batch(program, images):
             "many images as a model of a fixed batch size takes"
         )
     return batches[0]
-
-
-def _feeds(program, batch):
-    return [
-        ops.convert_to_tensor(array.astype(ref.dtype))
-        for array, ref in zip(batch, program.inputs, strict=True)
-    ]
 
 
 def _channel_mean(x):

@@ -81,9 +81,7 @@ def fold_batchnorm(model: keras.Model, *, return_report=False, name=None):
 def _pairs(program):
     """`[(batch norm call, call in front of it)]` and what was declined."""
     readers, producers = program.readers(), program.producers()
-    times: dict[int, int] = {}
-    for call in program.calls:
-        times[id(call.operation)] = times.get(id(call.operation), 0) + 1
+    times = program.times()
     outputs = {ref.index for ref in walk.refs(program.outputs)}
     pairs, declined = [], []
     for norm in program.calls:

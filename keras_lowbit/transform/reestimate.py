@@ -74,11 +74,7 @@ def reestimate_batchnorm(model, data, *, steps=None, batch_size=32) -> keras.Mod
     with _showing_batches(norms.values()):
         compiled = backend.compiled(statistics)
         for batch in track(batches, "re-estimate batch norms"):
-            feeds = [
-                ops.convert_to_tensor(a.astype(ref.dtype))
-                for a, ref in zip(batch, program.inputs, strict=True)
-            ]
-            for key, (mean, variance) in zip(order, compiled(feeds), strict=True):
+            for key, (mean, variance) in zip(order, compiled(program.feeds(batch)), strict=True):
                 sums[key].add(mean, variance)
         means = {key: total.means() for key, total in sums.items()}
     for key, norm in norms.items():

@@ -18,6 +18,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit import walk
+from keras_lowbit.checks import checked_choice
 from keras_lowbit.kinds import activation_name, kind_of
 from keras_lowbit.progress import track
 from keras_lowbit.transform.batches import checked_batches
@@ -148,8 +149,7 @@ def rescale_pairs(model, images, *, method="fat", limit=5.9, batch_size=32, retu
     Raises:
         ValueError: unknown method, a limit outside 0..6, no pair to rescale (with the reasons).
     """
-    if method not in METHODS:
-        raise ValueError(f"rescale_pairs: method must be one of {METHODS}. Got {method!r}")
+    checked_choice(method, METHODS, who="rescale_pairs: method")
     if not 0 < limit < 6:
         raise ValueError(f"rescale_pairs: limit must lie between 0 and 6. Got {limit!r}")
     copy = keras.models.clone_model(model)
@@ -192,9 +192,7 @@ def _pairs(program, method):
     """`[(first call, second call, whether a ReLU6 lies between)]` and what was declined."""
     readers = program.readers()
     outputs = {ref.index for ref in walk.refs(program.outputs)}
-    times: dict[int, int] = {}
-    for call in program.calls:
-        times[id(call.operation)] = times.get(id(call.operation), 0) + 1
+    times = program.times()
     pairs, declined = [], {}
     for first in program.calls:
         depthwise = type(first.operation) is keras.layers.DepthwiseConv2D
@@ -296,11 +294,7 @@ def _largest(program, firsts, batches):
         return activation(outputs)
 
     for batch in track(batches, "rescale"):
-        feeds = [
-            ops.convert_to_tensor(a.astype(ref.dtype))
-            for a, ref in zip(batch, program.inputs, strict=True)
-        ]
-        walk.forward(program, feeds, execute)
+        walk.forward(program, program.feeds(batch), execute)
     return found
 
 

@@ -7,10 +7,10 @@ has the same tensor under the same name.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from keras_lowbit import walk
+from keras_lowbit.checks import did_you_mean
 from keras_lowbit.kinds import activation_name, kind_of
 
 # A stem and a bottleneck: chains are cut at linear tensors, or into stretches of as many products.
@@ -61,8 +61,7 @@ def find(quantized: walk.Program, floating: walk.Program, names=None) -> list[Bl
         names = [walk.plain(str(name)) for name in names]
         for name in names:
             if name not in cuts:
-                near = difflib.get_close_matches(name, cuts, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, cuts)
                 raise ValueError(
                     f"blocks: the output of {name!r} does not carry everything behind it, or no "
                     f"layer has that name. Cuts: {list(cuts)}.{hint}"

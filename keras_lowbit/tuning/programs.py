@@ -125,9 +125,5 @@ def run(program: walk.Program, feeds) -> list:
 
 def forward(program: walk.Program, feeds) -> list[np.ndarray]:
     """Outputs of a program for one batch, as NumPy arrays in the order of its outputs."""
-    feeds = [
-        ops.convert_to_tensor(np.asarray(a).astype(ref.dtype))
-        for a, ref in zip(feeds, program.inputs, strict=True)
-    ]
-    values = walk.forward(program, feeds, execute)
+    values = walk.forward(program, program.feeds(feeds), execute)
     return [ops.convert_to_numpy(values[ref.index]) for ref in walk.refs(program.outputs)]

@@ -17,9 +17,8 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit import walk
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_choice, checked_count
 from keras_lowbit.progress import table, track
-from keras_lowbit.quantizers.base import checked_choice
 from keras_lowbit.transform.batches import checked_batches
 from keras_lowbit.transform.calibrate import uncalibrated
 from keras_lowbit.transform.snap_biases import snap_biases
@@ -166,7 +165,7 @@ def reconstruct(
     }
     batch_size = checked_count(batch_size, who="reconstruct: batch_size", least=1)
     _check(drop, memory, logit_weight)
-    checked_choice("reconstruct", "rounding", rounding, ROUNDINGS)
+    checked_choice(rounding, ROUNDINGS, who="reconstruct: rounding")
     quantized, floating = checked_pair(model, float_model)
     found = find_blocks(quantized, floating, blocks)
     logit_blocks = checked_count(logit_blocks, who="reconstruct: logit_blocks", least=1)

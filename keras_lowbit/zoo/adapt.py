@@ -7,6 +7,7 @@ import keras
 from keras_lowbit.callbacks.sites import quantizers_of
 from keras_lowbit.checks import checked_count
 from keras_lowbit.layers import Dequantize, Quantize
+from keras_lowbit.named_outputs import model_of
 from keras_lowbit.transform.copies import set_weights
 from keras_lowbit.transform.kernels import fit_kernels
 
@@ -63,7 +64,7 @@ def with_classes(model: keras.Model, classes: int) -> keras.Model:
 
     The new head's kernel is random and, of a low-bit model, the grid of its logits has seen no
     data: `calibrate(model, images, only_new=True)` gives it a scale and leaves the others as they
-    are.
+    are. The output keeps its name.
 
     Raises:
         ValueError: fewer than 1 class, or the model does not end in a dense layer.
@@ -74,7 +75,7 @@ def with_classes(model: keras.Model, classes: int) -> keras.Model:
     x = _again(head, renamed)(_read_by(head))
     for layer in after:
         x = _again(layer, {"name": f"{layer.name}_{classes}"})(x)
-    adapted = keras.Model(model.inputs, x, name=model.name)
+    adapted = model_of(model.inputs, x, model.name, model.output_names)
     fit_kernels(adapted.get_layer(renamed["name"]))
     return adapted
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 
 import keras
 
+from keras_lowbit.checks import did_you_mean
 from keras_lowbit.transform.copies import set_weights
 from keras_lowbit.zoo.architectures import imagenet
 from keras_lowbit.zoo.architectures.alexnet import alexnet_bn
@@ -105,6 +105,5 @@ def _read(model, path):
 
 def _check(what, name, known):
     if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known)
         raise ValueError(f"Unknown {what} {name!r}; known: {sorted(known)}.{hint}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import http.client
 import os
-import urllib.error
 import urllib.request
 import uuid
 from pathlib import Path
@@ -45,7 +45,8 @@ def find(entry: registry.Entry, *, url: str | None = None, cache: str | Path | N
     Raises:
         ValueError: a file with another SHA-256 (it stays where it is), or a model that is not
             shipped and no URL.
-        OSError: no network, or a folder that cannot be written; says so.
+        OSError: no network, a download that breaks off, or a folder that cannot be written; says
+            so.
     """
     name = f"{entry.name}.keras"
     folder = Path(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/keras_lowbit").expanduser()
@@ -83,10 +84,10 @@ def _download(source):
     try:
         with urllib.request.urlopen(source, timeout=60) as response:
             return response.read()
-    except (urllib.error.URLError, TimeoutError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise OSError(
-            f"Could not get {source}: {error}. Without a network, put the file into the cache "
-            f"folder (cache=, or {CACHE_VARIABLE})"
+            f"Could not get {source}: {str(error).strip()}. Without a network, put the file into "
+            f"the cache folder (cache=, or {CACHE_VARIABLE})"
         ) from error
 
 

@@ -255,6 +255,21 @@ def test_averaged_weights_get_statistics_of_their_own():
     np.testing.assert_array_equal(kept, statistics(model))
 
 
+def test_weights_of_an_earlier_epoch_get_statistics_of_their_own():
+    x, y = tiny.images()
+    model = tiny.model()
+    # The first epoch is the best of all, and patience never runs out: restored at the very end.
+    best = keras.callbacks.EarlyStopping("val_loss", mode="max", patience=99)
+    best.restore_best_weights = True
+    model.optimizer.learning_rate.assign(0.01)
+    data = {"validation_data": (x, y)}
+    tiny.train(model, [best, BatchNormReestimation(x, batch_size=8)], epochs=3, **data)
+    assert best.best_epoch < 2
+    kept = statistics(model)
+    reestimate_batchnorm(model, x, batch_size=8)
+    np.testing.assert_array_equal(kept, statistics(model))
+
+
 def test_a_freeze_that_was_interrupted_is_taken_off_by_the_next_fit():
     class Stop(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):

@@ -6,6 +6,7 @@ from keras import ops
 from keras_lowbit import layers, quantizers
 from keras_lowbit.callbacks import BitDescent
 from keras_lowbit.callbacks.sites import sites_of
+from keras_lowbit.optimizers import velocities
 from keras_lowbit.quantizers import Quantizer
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.quantize_model import quantize_model
@@ -222,6 +223,36 @@ def test_averages_of_scales_follow_a_change_of_bits(wrap):
     for path in before:
         # float32 roundings of six averages and two hand-overs
         np.testing.assert_allclose(after[path], before[path], rtol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("wrap", [lambda one: one, keras.optimizers.LossScaleOptimizer])
+def test_the_velocity_of_a_scale_follows_a_change_of_bits(wrap):
+    """From 2 to 8 bits a scale shrinks to 1 / 127: an old velocity would carry it through 0."""
+    model = tiny.model("w2a2", compiled=False)
+    model.compile(
+        wrap(keras.optimizers.SGD(1e-3, momentum=0.9)),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    tiny.train(model, [], epochs=1)
+    known = {own.path: velocity for own, velocity in velocities(model.optimizer)}
+    assert len(known) == len(model.trainable_variables)
+    scale, kernel = (
+        model.get_layer("middle").kernel_quantizer.scale,
+        model.get_layer("middle").kernel,
+    )
+    for variable in (scale, kernel):
+        known[variable.path].assign(np.full(variable.shape, 0.25, np.float32))
+    before = np.array(ops.convert_to_numpy(scale))
+    descent = BitDescent({0: 8})
+    descent.set_model(model)
+    descent.set_params({"epochs": 1})
+    descent.on_train_begin()
+    descent.on_epoch_begin(0)
+    ratio = np.array(ops.convert_to_numpy(scale)) / before
+    assert np.all(ratio < 0.02)
+    np.testing.assert_array_equal(ops.convert_to_numpy(known[scale.path]), np.float32(0.25) * ratio)
+    assert np.all(ops.convert_to_numpy(known[kernel.path]) == 0.25)
 
 
 def test_kernels_that_take_seven_bits_at_most_start_there():

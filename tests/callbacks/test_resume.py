@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_lowbit.callbacks import BitDescent, Resume
+from keras_lowbit.callbacks import BitDescent, FreezeOscillating, Resume
 from keras_lowbit.callbacks.sites import sites_of
 from tests.callbacks import resume_job, tiny
 
@@ -127,6 +127,62 @@ def test_an_interrupted_resume_leaves_no_epoch_to_begin_at(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tiny.train(model, [Resume(tmp_path), Interrupt(2, 1)], epochs=4)
     assert tiny.train(model, [], epochs=4, initial_epoch=1).epoch == [1, 2, 3]
+
+
+def with_dropouts(count):
+    model = keras.Sequential([keras.Input(tiny.SHAPE), keras.layers.Flatten()])
+    for _ in range(count):
+        model.add(keras.layers.Dropout(0.1))
+    model.add(keras.layers.Dense(3))
+    tiny.compile_(model)
+    return model
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK", b"no archive"])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("seeds.npz", r"seeds\.npz is damaged"),
+        ("state_0.npz", r"state_0\.npz is damaged"),
+        ("latest.weights.h5", " is damaged or belongs to another model than tiny"),
+    ],
+    ids=["seeds", "state", "weights"],
+)
+def test_a_damaged_snapshot_is_named_and_changes_nothing(name, place, content, tmp_path):
+    also = FreezeOscillating()
+    tiny.train(tiny.model(), [also, Resume(tmp_path, keep=True, also=[also])], epochs=1)
+    file = tmp_path / "epoch_000001" / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    model, also = tiny.model(), FreezeOscillating()
+    before = model.get_weights()
+    said = rf"epoch_000001.*{place}.* \(.+\)\. Start afresh with an empty directory"
+    with pytest.raises(ValueError, match=said) as found:
+        tiny.train(model, [also, Resume(tmp_path, also=[also])], epochs=2)
+    assert "pickle" not in str(found.value)
+    for a, b in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_snapshot_of_a_model_with_other_dropouts_is_named(count, tmp_path):
+    tiny.train(with_dropouts(1), [Resume(tmp_path, keep=True)], epochs=1)
+    said = (
+        rf"epoch_000001 belongs to another model than sequential.*: it has 1 random states, not "
+        rf"{count}\. Give each training a directory of its own"
+    )
+    with pytest.raises(ValueError, match=said):
+        tiny.train(with_dropouts(count), [Resume(tmp_path)], epochs=2)
+
+
+def test_a_snapshot_of_a_model_of_other_shapes_is_named(tmp_path):
+    tiny.train(dense(), [Resume(tmp_path, keep=True)], epochs=1)
+    other = keras.Sequential([keras.Input(tiny.SHAPE), keras.layers.Flatten()], name="wide")
+    other.add(keras.layers.Dense(4))
+    tiny.compile_(other)
+    said = r"epoch_000001 is damaged or belongs to another model than wide \(.+\)\. Start afresh"
+    with pytest.raises(ValueError, match=said):
+        tiny.train(other, [Resume(tmp_path)], epochs=2)
 
 
 def test_bad_arguments_are_refused(tmp_path):

@@ -83,22 +83,23 @@ def test_what_the_end_of_fit_puts_in_the_weights_is_seen(begun):
         guard.on_train_end()
 
 
-class AveragesBelowZero(keras.optimizers.SGD):
-    def finalize_variable_values(self, var_list):
-        # Keras averages before it applies constraints: one average may fall where no weight may.
-        super().finalize_variable_values(var_list)
-        put(self.broken, -1e-3)
+class PutAtTheEnd(keras.callbacks.Callback):
+    """As averages (`use_ema`) do: Keras takes them before it applies constraints."""
+
+    def on_train_end(self, logs=None):
+        put(kernel_scale(self.model), -1e-3)
 
 
-def test_averages_that_leave_a_scale_negative_end_fit_with_the_layers_name():
-    model = tiny.model(compiled=False)
-    optimizer = AveragesBelowZero(1e-4, use_ema=True)
-    optimizer.broken = kernel_scale(model)
-    model.compile(optimizer, "sparse_categorical_crossentropy", auto_scale_loss=False)
-    with pytest.raises(
-        ScaleError, match=r"Layer middle: scale of kernel_quantizer is -0.001, not positive"
-    ):
-        tiny.train(model, [ScaleGuard()], epochs=1)
+def test_fit_ends_with_the_name_of_a_layer_that_its_end_broke():
+    with pytest.raises(ScaleError, match=r"Layer middle: scale of kernel_quantizer is -0.001, not"):
+        tiny.train(tiny.model(), [PutAtTheEnd(), ScaleGuard()], epochs=1)
+
+
+def test_adams_steps_are_pointed_at_where_clipping_is_no_help():
+    model = tiny.model()  # compiled with Adam
+    model.optimizer.learning_rate.assign(1.0)
+    with pytest.raises(ScaleError, match=r"scale .*RatedAdam\(rate, rates=quantizer_rates"):
+        tiny.train(model, [ScaleGuard(every=1)], epochs=1)
 
 
 class Break(keras.callbacks.Callback):

@@ -10,6 +10,8 @@ import pytest
 import tflite_export
 from keras_lowbit import freeze, zoo
 from keras_lowbit.cli import files, recipe
+from keras_lowbit.integer import build
+from keras_lowbit.numerics import ranges
 from keras_lowbit_cli import commands
 from tflite_export import runtime, targets
 
@@ -92,8 +94,11 @@ def test_check_finds_nothing_against_a_plain_model(run, made):
     )
 
 
-def test_every_target_can_be_asked_for():
-    assert commands.TARGETS == recipe.TARGETS == tuple(targets.TARGETS)
+def test_everything_that_can_be_chosen_can_be_asked_for():
+    assert tuple(targets.TARGETS) == commands.TARGETS
+    assert commands.METHODS == ranges.METHODS
+    assert (commands.WEIGHTS, commands.TYPES) == (build.WEIGHTS, build.TYPES)
+    assert commands.XLA == recipe.XLA
 
 
 def test_check_names_the_layer_that_has_no_integer_form(run, tmp_path):

@@ -97,6 +97,7 @@ def test_version(run):
         (OSError(28, "No space left on device", "a.keras"), 2, "a.keras: No space left on device"),
         (ImportError("pip install x"), 2, "pip install x"),
         (ScaleError("Layer conv: NaN"), 1, "Layer conv: NaN"),
+        (FloatingPointError("block stem is nan"), 1, "block stem is nan"),
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on or starts again"),
     ],
 )

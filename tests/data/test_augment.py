@@ -3,8 +3,11 @@ import numpy as np
 import pytest
 from keras import ops
 
+import tflite_export
+from keras_lowbit import calibrate, quantize_model
 from keras_lowbit.data import AugmentedBatches, Batches, RandomCropFlip, crop_flip
 from keras_lowbit.data.batches import crop_flip_numpy
+from keras_lowbit.integer.graph import dump
 
 
 def images(n=10, shape=(5, 7, 2), dtype="uint8"):
@@ -111,6 +114,27 @@ def test_the_layer_goes_on_with_its_crops_after_a_checkpoint(tmp_path):
 def test_a_negative_pad_is_refused(make):
     with pytest.raises(ValueError, match=r"pad.* must be .* at least 0\. Got -1"):
         make(pad=-1)
+
+
+def test_a_model_that_crops_and_flips_is_exported_as_if_it_did_not():
+    def net(*augment):
+        keras.utils.clear_session(free_memory=False)  # the same names
+        keras.utils.set_random_seed(0)
+        x = inputs = keras.Input((6, 5, 3))
+        for layer in (*augment, keras.layers.Rescaling(1 / 255), keras.layers.Conv2D(4, 3)):
+            x = layer(x)
+        x = keras.layers.GlobalAveragePooling2D()(x)
+        return keras.Model(inputs, keras.layers.Dense(2)(x))
+
+    assert tflite_export.check(net(RandomCropFlip(pad=1))) == []
+    pixels = images(8, (6, 5, 3)).astype("float32")
+    plain, cropping = (
+        calibrate(quantize_model(net(*a)), pixels) for a in ((), (RandomCropFlip(),))
+    )
+    result = tflite_export.convert(cropping)
+    assert dump(result.graph) == dump(tflite_export.convert(plain).graph)
+    moved = ops.convert_to_numpy(cropping(pixels, training=True))
+    assert np.abs(moved - ops.convert_to_numpy(cropping(pixels))).max() > 1e-3
 
 
 def test_batches_cover_the_images_in_order():

@@ -1,11 +1,12 @@
 import re
 import sys
+import types
 
 import numpy as np
 import pytest
 
-from keras_lowbit.data import holdout, load
-from keras_lowbit.data.folder import LazyImages, read_folder
+from keras_lowbit.data import folder, holdout, load
+from keras_lowbit.data.folder import LazyImages, read_folder, read_image
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -127,8 +128,31 @@ def test_two_channels_are_refused(two_parts):
 
 def test_without_pillow_the_error_says_what_to_install(two_parts, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ValueError, match=re.escape("pip install keras-lowbit[images]")):
-        load(two_parts)
+    said = (
+        "Folders of images are read with Pillow, which is not installed: "
+        "pip install keras-lowbit[images]"
+    )
+    for size in (None, 4):
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+            load(two_parts, size=size)
+
+
+def test_the_bar_goes_on_as_images_are_read(two_parts, monkeypatch):
+    seen = []
+
+    def track(files, description):
+        for file in files:
+            seen.append(description)
+            yield file
+
+    def read(file, *_):
+        seen.append("read")
+        return read_image(file, *_)
+
+    monkeypatch.setattr(folder, "progress", types.SimpleNamespace(track=track))
+    monkeypatch.setattr(folder, "read_image", read)
+    data = load(two_parts, size=4)
+    assert seen == ["reading images", "read"] * (len(data.x_train) + len(data.x_test))
 
 
 def test_a_large_folder_is_read_on_demand_and_gives_the_same_pixels(two_parts):

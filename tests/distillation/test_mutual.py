@@ -8,7 +8,7 @@ from keras import ops
 from keras_lowbit import quantizers
 from keras_lowbit.callbacks import BitDescent, CyclicPrecision, TwoStage
 from keras_lowbit.callbacks.sites import sites_of
-from keras_lowbit.distillation import MutualDistiller
+from keras_lowbit.distillation import Distiller, MutualDistiller
 from keras_lowbit.distillation.divergence import divergence, on_grid_of
 from keras_lowbit.transform.calibrate import calibrate
 from keras_lowbit.transform.quantize_model import quantize_model
@@ -90,6 +90,45 @@ def test_hints_put_the_float_map_on_the_grid_and_train_only_it():
     )
     np.testing.assert_array_equal(to_x, [[0, 1, 1, 1, 0]])
     assert to_scale == 0
+
+
+def test_a_quantizer_learns_nothing_of_the_float_nets_map():
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype("float32")
+    balanced = quantizers.ChannelBalanced(4)
+    running = quantizers.MinMax(4, role="activation")
+    for quantizer in (balanced, running):
+        quantizer.build(x.shape)
+        quantizer.fit_scale(x)
+    running.update_ranges.assign(1.0)
+    on_grid_of(balanced, ops.convert_to_tensor(5.0 * x))
+    assert balanced.losses == []
+    ends = [float(ops.convert_to_numpy(v)) for v in (running.low, running.high)]
+    on_grid_of(running, ops.convert_to_tensor(5.0 * x))
+    assert [float(ops.convert_to_numpy(v)) for v in (running.low, running.high)] == ends
+    # Of its own tensor it does.
+    balanced(ops.convert_to_tensor(x))
+    running(ops.convert_to_tensor(5.0 * x))
+    assert len(balanced.losses) == 1
+    assert float(ops.convert_to_numpy(running.high)) > ends[1]
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("kind", ["mutual", "hints", "frozen"])
+def test_float_nets_of_halves_teach(policy, kind, monkeypatch):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        teacher, student = float_model(), quantized("w4a4")
+    finally:
+        keras.config.set_dtype_policy(before)
+    if kind == "frozen":
+        wanted = keras.distillation.LogitsDistillation(2.0, keras.losses.KLDivergence())
+        model = Distiller(teacher=teacher, student=student, distillation_losses=wanted)
+    else:
+        model = MutualDistiller(teacher, [student], hints=(HINT,) if kind == "hints" else ())
+    x, y = tiny.images(8)
+    history = compiled(model).fit(x, y, epochs=2, verbose=0).history
+    assert np.all(np.isfinite(history["loss"]))
 
 
 @pytest.mark.parametrize("hints", [(), (HINT,)])
@@ -213,6 +252,32 @@ def test_cycling_descent_and_two_stages_compose_with_distillation_in_one_fit():
     assert seen == [list(pair) for pair in zip(kernels, activations, strict=True)]
     assert np.isfinite(history.history["loss"]).all()
     assert {s.quantizer.enabled for s in sites_of(student)} == {True}
+
+
+def ending(how, name, seed):
+    """A model of three classes that ends in a softmax or sigmoid, however it is written."""
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input(tiny.SHAPE)
+    x = keras.layers.Flatten()(inputs)
+    x = keras.layers.Dense(3, activation="softmax" if how == "activation" else None)(x)
+    if how == "nested":
+        image = keras.Input((3,))
+        x = keras.Model(image, keras.layers.Softmax()(image))(x)
+    elif how == "reshaped":
+        x = keras.layers.Reshape((3,))(keras.ops.sigmoid(x))
+    return keras.Model(inputs, x, name=name)
+
+
+@pytest.mark.parametrize("how", ["activation", "nested", "reshaped"])
+@pytest.mark.parametrize("low_bit", [False, True], ids=["float", "low-bit"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_every_model_must_end_in_logits(how, low_bit, place):
+    nets = [ending("logits", f"net{i}", i) for i in range(3)]
+    nets[place] = ending(how, "answers", 9)
+    if low_bit:
+        nets[place] = quantize_model(nets[place])
+    with pytest.raises(ValueError, match=f"{nets[place].name} ends in probabilities.*without the"):
+        MutualDistiller(nets[0], nets[1:])
 
 
 class TestBadInput:

@@ -122,6 +122,6 @@ def test_everything_lies_on_a_minmax_grid(x, grid):
 
 def test_an_unknown_method_is_named():
     with pytest.raises(
-        ValueError, match=r"one of \('minmax', 'percentile', 'mse'\). Got 'entropy'"
+        ValueError, match=r"one of \('mse', 'minmax', 'percentile'\). Got 'entropy'"
     ):
         scale_of(column([1.0]), 0, 1, "entropy")

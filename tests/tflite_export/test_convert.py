@@ -1,5 +1,7 @@
 """From a trained model to a file: what is written, what is refused, and how it is said."""
 
+import errno
+import os
 import re
 
 import keras
@@ -331,8 +333,24 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     result = convert(trained())
     path = result.save(tmp_path / "net.tflite")
     assert path.read_bytes() == result.content
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(ValueError, match=r"cannot be written: there is no folder .*nowhere\. Make"):
         result.save(tmp_path / "nowhere" / "net.tflite")
+    assert [p.name for p in tmp_path.iterdir()] == ["net.tflite"]
+
+
+def test_a_disk_that_refuses_is_no_bad_argument(tmp_path, monkeypatch):
+    result = convert(trained())
+    path = result.save(tmp_path / "net.tflite")
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(
+        OSError, match=r"No space left on device; nothing was written.*net\.tflite'"
+    ):
+        result.save(path)
+    assert path.read_bytes() == result.content
     assert [p.name for p in tmp_path.iterdir()] == ["net.tflite"]
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import os
+import socket
+import threading
 
 import keras
 import numpy as np
@@ -173,6 +175,35 @@ def test_a_missing_network_is_one_error_and_leaves_nothing(shelf, tmp_path, url)
 
 
 @pytest.mark.once
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n0123456789", r"10 bytes read, 990 more"),
+        (b"no HTTP\r\n\r\n", "no HTTP"),
+    ],
+    ids=["cut", "no HTTP"],
+)
+def test_an_answer_that_breaks_off_is_one_error_and_leaves_nothing(shelf, tmp_path, answer, reason):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(
+            OSError, match=f"Could not get {url}/tiny_w4a4.keras: .*{reason}.*cache="
+        ):
+            load("tiny_w4a4", url=url)
+        thread.join()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("damage", ["cut", "changed"])
 def test_a_damaged_file_is_refused_and_stays(release, shelf, damage):
     _, content, _ = release
@@ -284,7 +315,10 @@ def test_a_new_head_trains_and_exports_with_no_wrong_code(release, shelf):
         keras.optimizers.SGD(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
     model.fit(pixels, np.arange(16) % 3, epochs=1, verbose=0)
-    assert tflite_export.convert(model, verify=pixels[:2]).mismatches == 0
+    result = tflite_export.convert(model, verify=pixels[:2])
+    assert result.mismatches == 0
+    # Who reads the file by name need not know that it has another head.
+    assert result.graph.outputs == tflite_export.convert(load("tiny_w4a4")).graph.outputs
 
 
 def test_as_many_classes_of_ones_own_get_a_fresh_head_too(release, shelf):
