@@ -98,6 +98,35 @@ _ARITHMETIC = {
     "Divide": (lambda c: (1.0 / c, 0.0), None),
 }
 
+# The activations that have an integer form, for sentences.
+ACTIVATIONS = (
+    "relu (with a max_value or none), leaky_relu (with a slope up to 1), hard_sigmoid, sigmoid, "
+    "silu, hard_silu, softmax or linear"
+)
+# What to write for a layer that has no integer form. Each of these exports exactly:
+# tests/tflite_export/test_rewrites.py.
+_ONE_AXIS = "Reshape((steps, 1, channels)) and {}"
+REWRITES = {
+    "Conv1D": _ONE_AXIS.format("Conv2D with a kernel of (k, 1)"),
+    "DepthwiseConv1D": _ONE_AXIS.format("DepthwiseConv2D with a kernel of (k, 1)"),
+    "SeparableConv1D": _ONE_AXIS.format("SeparableConv2D with a kernel of (k, 1)"),
+    "MaxPooling1D": _ONE_AXIS.format("MaxPooling2D with a window of (k, 1)"),
+    "AveragePooling1D": _ONE_AXIS.format("AveragePooling2D with a window of (k, 1)"),
+    "GlobalMaxPooling1D": _ONE_AXIS.format("GlobalMaxPooling2D"),
+    "GlobalAveragePooling1D": _ONE_AXIS.format("GlobalAveragePooling2D"),
+    "UpSampling1D": _ONE_AXIS.format("UpSampling2D((n, 1))"),
+    "ZeroPadding1D": _ONE_AXIS.format("ZeroPadding2D(((before, after), (0, 0)))"),
+    "Conv2DTranspose": "UpSampling2D and Conv2D",
+    "Average": "Add and Rescaling(1 / n), for n tensors,",
+    "Subtract": "Rescaling(-1.0) of the second tensor and Add",
+    "LayerNormalization": "BatchNormalization",
+    "GroupNormalization": "BatchNormalization",
+    "RMSNormalization": "BatchNormalization",
+    "ELU": "LeakyReLU or ReLU",
+    "PReLU": "LeakyReLU or ReLU",
+    "SpatialDropout1D": "Dropout",
+}
+
 # Activations whose range is known, and so the 8-bit grid behind them: reals per code, codes 0..255.
 FIXED_SCALES = {"softmax": 1 / 256, "sigmoid": 1 / 256, "hard_sigmoid": 1 / 255}
 # Activations that multiply their input by another one of it.
@@ -150,6 +179,29 @@ def own_bias(call: Call) -> keras.Variable | None:
     if kind == "product" and layer.use_bias:
         return layer.bias
     return None
+
+
+def rewrite_of(call: Call) -> str | None:
+    """What to write in place of a call that has no integer form; `None` where nothing is known."""
+    kind = type(call.operation)
+    if kind is getattr(K, kind.__name__, None):
+        return REWRITES.get(kind.__name__)
+    if isinstance(call.operation, K.Layer):
+        return None
+    if hasattr(keras.activations, kind.__name__.lower()):
+        return ACTIVATIONS
+    # A minus between two tensors; to take a constant off each pixel is another matter.
+    subtracts = kind.__name__ == "Subtract" and len(call.inputs) == 2
+    return REWRITES["Subtract"] if subtracts else None
+
+
+def known_layers() -> list[str]:
+    """Names of Keras' own layers that have a kind, those that only augment images aside."""
+    return sorted(
+        layer.__name__
+        for layer, kind in _LAYERS.items()
+        if kind != "augmentation" and getattr(K, layer.__name__, None) is layer
+    )
 
 
 def padding_value(call: Call) -> float:
@@ -244,6 +296,21 @@ def activation_name(operation) -> str:
         return activation_name(function)
     known = _FUNCTIONS.get(function) if isinstance(function, Hashable) else None
     return known or _unlike_ours(getattr(function, "__name__", type(function).__name__))
+
+
+def activation_as_written(operation) -> str:
+    """An activation in the words of who wrote it: `activation 'gelu'`, `ReLU(threshold=0.1)`."""
+    name = activation_name(operation)
+    if name != "relu_variant":
+        return f"activation {name!r}"
+    own = _own_activation(operation)
+    given = {
+        "max_value": getattr(own, "max_value", None),
+        "negative_slope": own.negative_slope or None,
+        "threshold": getattr(own, "threshold", None) or None,
+    }
+    written = ", ".join(f"{key}={x:g}" for key, x in given.items() if x is not None)
+    return f"{type(own).__name__}({written})"
 
 
 def is_last_axis(operation, rank: int | None = None) -> bool:

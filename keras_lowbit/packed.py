@@ -27,6 +27,7 @@ from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.layers import packed_kernels
+from keras_lowbit.quantizers.sites import layers_of
 from keras_lowbit.weights_file import Unknown, fill
 
 PACKAGE = "keras_lowbit"
@@ -78,7 +79,7 @@ def save_packed(model: keras.Model, path) -> Packed:
         raise ValueError(f"save_packed writes .keras files. Got {str(path)!r}")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}. Make it first")
-    if not any(packed_kernels.kernels(layer) for layer in _layers(model)):
+    if not any(packed_kernels.kernels(layer) for _, layer in layers_of(model)):
         raise ValueError(
             f"{model.name} has no quantized layer, so there are no codes to pack. Use "
             "keras_lowbit.quantize_model first, or model.save for a float model"
@@ -178,14 +179,6 @@ def _checked(path):
         if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
             raise ValueError(f"{path} is damaged: SHA-256 of {name} differs. Get the file again")
     return manifest, members
-
-
-def _layers(model):
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from _layers(layer)
-        else:
-            yield layer
 
 
 def _rewrite(source, target, kept):

@@ -192,8 +192,12 @@ def flatten(model: keras.Model) -> Program:
 
 
 def plain(name: str) -> str:
-    """A name without what separates nested models and scopes, or what TensorFlow's may not hold."""
-    return re.sub("[/:<>]", "_", name)
+    """A name without what separates nested models and scopes, or what a backend's may not hold.
+
+    TensorFlow refuses `:`, `<` and `>`. PyTorch refuses a dot in the path of a variable, which
+    holds the names of its layers; on every backend it goes, so that all give the same names.
+    """
+    return re.sub("[/:<>.]", "_", name)
 
 
 def unused(name: str, taken: Collection[str]) -> str:

@@ -19,6 +19,7 @@ FLOORS = [
         "keras_lowbit.progress",
         "keras_lowbit.optimizers",
         "keras_lowbit.weights_file",
+        "keras_lowbit.whole_files",
     },
     {"keras_lowbit.scheme", "keras_lowbit.walk", "keras_lowbit.data"},
     {"keras_lowbit.quantizers", "keras_lowbit.regularizers"},

@@ -59,6 +59,19 @@ def test_nested_models_are_opened_and_named_by_their_path():
     assert_replays(model, IMAGES)
 
 
+def test_a_nested_model_may_have_a_dot_in_its_name():
+    """As `keras.applications` names its own; PyTorch takes no parameter with one."""
+    image = keras.Input((6, 5, 3))
+    inner = keras.Model(image, K.Conv2D(4, 3, name="conv")(image), name="net_1.00")
+    inputs = keras.Input((6, 5, 3))
+    model = keras.Model(inputs, K.Dense(2)(K.Flatten()(inner(inputs))))
+    conv = walk.flatten(model).calls[0]
+    assert (conv.name, conv.plain) == ("net_1.00/conv", "net_1_00_conv")
+    assert tflite_export.check(model) == []
+    small = klb.quantize_model(model, klb.Scheme(exceptions={"net_1.00/*": "w4a8"}))
+    assert small.get_layer("net_1_00_conv").kernel_quantizer.bits == 4
+
+
 def test_a_nested_model_called_twice_gives_its_calls_twice():
     inner = keras.Sequential([keras.Input((6, 5, 3)), K.Conv2D(3, 1, name="c")], name="inner")
     inputs = keras.Input((6, 5, 3))

@@ -61,7 +61,10 @@ class ExportResult:
 
     @functools.cached_property
     def frozen(self) -> keras.Model:
-        """The Keras model whose forward pass is the file's integer arithmetic."""
+        """The Keras model whose forward pass is the file's integer arithmetic.
+
+        Of several outputs it returns a list, in the order of `graph.outputs`.
+        """
         return self.built or frozen_models.build(self.graph)
 
     def verified(self, images) -> ExportResult:

@@ -13,7 +13,7 @@ from keras_lowbit.analysis.floats import why_float
 from keras_lowbit.kinds import TRANSPARENT, kind_of
 from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.numerics.packing import packed_size
-from keras_lowbit.quantizers import Quantizer
+from keras_lowbit.quantizers.sites import quantizers_of
 
 FLOAT_BITS = 32
 
@@ -179,11 +179,6 @@ def _grid_of(ref, producers):
     return call.operation.quantizer if call is not None and kind_of(call) == "quantize" else None
 
 
-def _quantizers(layer):
-    held = [getattr(layer, name, None) for name in dir(layer) if name.endswith("quantizer")]
-    return [q for q in held if isinstance(q, Quantizer)]
-
-
 def _is_calibrated(quantizer):
     return quantizer is None or quantizer.is_calibrated
 
@@ -193,12 +188,12 @@ def _size(variable):
 
 
 def _parameters(layer):
-    grids = {id(v) for q in _quantizers(layer) for v in q.weights}
+    grids = {id(v) for _, q in quantizers_of(layer) for v in q.weights}
     return sum(_size(v) for v in getattr(layer, "weights", ()) if id(v) not in grids)
 
 
 def _float_bytes(layer):
     # The state of schedules (bits, calibrated) is no part of what is shipped.
-    skipped = {id(v) for q in _quantizers(layer) for v in (q.bits_variable, q.calibrated)}
+    skipped = {id(v) for _, q in quantizers_of(layer) for v in (q.bits_variable, q.calibrated)}
     skipped |= {id(k.latent) for k in kernels(layer) if k.quantizer is not None}
     return sum(4 * _size(v) for v in getattr(layer, "weights", ()) if id(v) not in skipped)

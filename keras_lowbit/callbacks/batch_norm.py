@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
-
 import keras
-import numpy as np
 
 from keras_lowbit.callbacks.bit_descent import BitDescent
 from keras_lowbit.callbacks.norms import graphs_of, kept, reestimate
 from keras_lowbit.checks import checked_count
+from keras_lowbit.whole_files import checksum
 
 
 class BatchNormReestimation(keras.callbacks.Callback):
@@ -110,17 +108,10 @@ class BatchNormReestimation(keras.callbacks.Callback):
 
         Training stopped early, averages (`use_ema`) or an earlier epoch have replaced the weights.
         """
-        if self.at_end and self._fresh != _checksum(self.model):
+        if self.at_end and self._fresh != checksum(self.model.get_weights()):
             self._reestimate()
 
     def _reestimate(self):
         self.data = kept(self.data, self.steps)
         reestimate(self.model, self.data, self.steps, self.batch_size)
-        self._fresh = _checksum(self.model)
-
-
-def _checksum(model):
-    total = 0
-    for array in model.get_weights():
-        total = zlib.crc32(np.ascontiguousarray(array), total)
-    return total
+        self._fresh = checksum(self.model.get_weights())

@@ -9,9 +9,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.callbacks.sites import Site, sites_of
 from keras_lowbit.checks import checked_count
 from keras_lowbit.optimizers import averages, velocities
+from keras_lowbit.quantizers.sites import Site, sites_of
 
 MAX_BITS = 8
 _ROLES = {"weights": ("kernel",), "activations": ("activation",), "both": ("kernel", "activation")}

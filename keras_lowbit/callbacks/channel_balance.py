@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import keras
 
-from keras_lowbit.callbacks.sites import half_cosine, sites_of
+from keras_lowbit.callbacks.schedules import half_cosine
 from keras_lowbit.checks import checked_count
 from keras_lowbit.quantizers import ChannelBalanced
+from keras_lowbit.quantizers.sites import sites_of
 
 
 class ChannelBalanceDecay(keras.callbacks.Callback):

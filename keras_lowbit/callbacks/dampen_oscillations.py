@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 
 from keras_lowbit.callbacks.penalties import attach_penalties, kernels_with_bins
-from keras_lowbit.callbacks.sites import half_cosine
+from keras_lowbit.callbacks.schedules import half_cosine
 from keras_lowbit.checks import checked_count
 from keras_lowbit.regularizers import Dampening
 
@@ -18,7 +18,8 @@ def attach_dampening(
         loss += strength * sum over kernels of sum (q(w) - clip(w))^2
 
     Its strength is a variable `pull` of each quantizer, so compiled steps see it move. Neither is
-    in files: attach again after loading. A second call changes the strength.
+    in files: attach again after loading. Lists of `get_weights()` get longer by the former. A
+    second call changes the strength.
 
     Args:
         model: a built model of `quantize_model`.

@@ -6,9 +6,9 @@ import keras
 import numpy as np
 
 from keras_lowbit.callbacks.norms import graphs_of
-from keras_lowbit.callbacks.sites import sites_of
 from keras_lowbit.checks import checked_count
 from keras_lowbit.data.answers import top_class
+from keras_lowbit.quantizers.sites import sites_of
 from keras_lowbit.transform.freeze import freeze
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import keras
 
-from keras_lowbit.callbacks.sites import layers_of
 from keras_lowbit.checks import checked_count
+from keras_lowbit.quantizers.sites import layers_of
 
 
 class FreezeBatchNorm(keras.callbacks.Callback):

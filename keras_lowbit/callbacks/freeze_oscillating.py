@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.callbacks.penalties import kernels_with_bins
-from keras_lowbit.callbacks.sites import half_cosine
+from keras_lowbit.callbacks.schedules import half_cosine
 from keras_lowbit.checks import checked_count
 from keras_lowbit.layers.packed_kernels import Kernel
 

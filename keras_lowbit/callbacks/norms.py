@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import keras
 
-from keras_lowbit.callbacks.sites import sites_of
 from keras_lowbit.callbacks.switches import models_of
+from keras_lowbit.quantizers.sites import sites_of
 from keras_lowbit.transform.reestimate import reestimate_batchnorm
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import keras
 
 from keras_lowbit import walk
-from keras_lowbit.callbacks.sites import layers_of
 from keras_lowbit.callbacks.switches import models_of
 from keras_lowbit.layers.packed_kernels import Kernel, kernels
+from keras_lowbit.quantizers.sites import layers_of
 
 
 def kernels_of(model: keras.Model) -> dict[str, Kernel]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import struct
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,15 +13,11 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.checks import checked_count
+from keras_lowbit.whole_files import AFRESH, DAMAGE, first_line, read_arrays
 
 _SEEDS = "seeds.npz"
 _STATE = "state_{}.npz"
 _SNAPSHOT = re.compile(r"epoch_(\d{6})")
-# What readers let through when a file is cut off, overwritten or of another kind.
-_DAMAGE = (
-    *(OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError),
-    *(struct.error, zipfile.BadZipFile, zlib.error),
-)
 
 
 class Resume(keras.callbacks.Callback):
@@ -93,10 +86,10 @@ class Resume(keras.callbacks.Callback):
         seeds, states = self._arrays_of(found[-1])
         try:
             self._keras_backup(found[-1]).on_train_begin()
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise ValueError(
                 f"Resume: {found[-1]} is damaged or belongs to another model than "
-                f"{self.model.name} ({_short(error)}). Start afresh with an empty directory"
+                f"{self.model.name} ({first_line(error)}). {AFRESH}"
             ) from error
         for state, array in zip(self._seed_states(), seeds, strict=True):
             state.assign(array)
@@ -166,33 +159,6 @@ class Resume(keras.callbacks.Callback):
         model = self.model
         weights = {id(v) for v in model.weights}
         return [v for v in model.variables if id(v) not in weights]
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` of ours, in the order of their names.
-
-    Raises:
-        ValueError: a damaged file.
-    """
-    try:
-        # NumPy takes what is no archive for a pickle, and says so.
-        if not zipfile.is_zipfile(path):
-            raise zipfile.BadZipFile("cut short or no .npz file")
-        with np.load(path) as stored:
-            return {name: stored[name] for name in sorted(stored.files)}
-    except _DAMAGE as error:
-        raise damaged(path, error) from error
-
-
-def damaged(path: Path, error: BaseException) -> ValueError:
-    """What to raise for a file of a training that cannot be read."""
-    return ValueError(f"{path} is damaged ({_short(error)}). Start afresh with an empty directory")
-
-
-def _short(error):
-    """The first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def forget_initial_epoch(model: keras.Model) -> None:

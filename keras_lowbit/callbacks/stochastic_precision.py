@@ -6,11 +6,11 @@ import keras
 import numpy as np
 
 from keras_lowbit import walk
-from keras_lowbit.callbacks.sites import quantizers_of
 from keras_lowbit.callbacks.switches import add_switches
 from keras_lowbit.checks import checked_count
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.quantizers import Quantizer
+from keras_lowbit.quantizers.sites import quantizers_of
 
 
 class StochasticPrecision(keras.callbacks.Callback):
@@ -35,7 +35,8 @@ class StochasticPrecision(keras.callbacks.Callback):
 
     List it before callbacks that save, export or keep weights (`EarlyStopping`) at the end of an
     epoch. A model saved amid one is quantized as a whole. Batch norms see the deployed network in
-    the last part of the training only: add a `BatchNormReestimation`.
+    the last part of the training only: add a `BatchNormReestimation`. The model keeps the switches
+    that this puts in (`Quantizer.add_switch`): lists of `get_weights()` get longer.
 
     Args:
         p0: probability at the start, 0..1.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import keras
 
-from keras_lowbit.callbacks.sites import cooled, sites_of
+from keras_lowbit.callbacks.schedules import cooled
 from keras_lowbit.quantizers import Levels, Ternary
+from keras_lowbit.quantizers.sites import sites_of
 
 
 class TemperatureAnnealing(keras.callbacks.Callback):

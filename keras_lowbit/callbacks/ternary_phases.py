@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_lowbit.callbacks.norms import kept, reestimate
 from keras_lowbit.callbacks.penalties import attach_penalties, kernels_of
-from keras_lowbit.callbacks.sites import check_switch, cooled, half_cosine
+from keras_lowbit.callbacks.schedules import check_switch, cooled, half_cosine
 from keras_lowbit.callbacks.switches import add_switches
 from keras_lowbit.checks import checked_count
 from keras_lowbit.quantizers import Ternary

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import keras
 
-from keras_lowbit.callbacks.sites import check_switch, sites_of
+from keras_lowbit.callbacks.schedules import check_switch
 from keras_lowbit.callbacks.switches import add_switches
 from keras_lowbit.checks import checked_count
+from keras_lowbit.quantizers.sites import sites_of
 
 # Orders, and the role that waits for the second stage.
 LATER = {"weights_first": "activation", "activations_first": "kernel"}
@@ -25,7 +26,8 @@ class TwoStage(keras.callbacks.Callback):
     The state follows from the epoch alone, so a run that resumes goes on as if never killed. A run
     that stops in the first stage leaves a model that an exporter refuses.
 
-    List it before callbacks that run the model at the beginning of an epoch.
+    List it before callbacks that run the model at the beginning of an epoch. The model keeps the
+    switches that this puts in (`Quantizer.add_switch`): lists of `get_weights()` get longer.
 
     Args:
         switch_epoch: the first epoch in which both are quantized, from 1.

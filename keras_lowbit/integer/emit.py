@@ -46,6 +46,8 @@ class Emitter:
 
     def __init__(self, weights="int8"):
         self.weights = weights
+        # Whether scales are placeholders, of a model without data: their ratios say nothing.
+        self.guessed = False
         self.padded: dict[str, tuple[OnGrid, tuple]] = {}
         self.reshaped: dict[str, OnGrid] = {}  # images, by what a reshape made of them
         self.images: dict[str, tuple[Image, OnGrid]] = {}
@@ -199,6 +201,8 @@ class Emitter:
         A step of the result that is a small part of every product but zero saturates on all of
         them, and so it does where the runtime's largest multiplier is written.
         """
+        if self.guessed:
+            return made
         a, b, out = (self.tensors[t.tensor].scale for t in (first, second, made))
         if a * b / out < 2.0**-16:
             raise NotExportable(
@@ -212,7 +216,7 @@ class Emitter:
     def _summand(self, part, grid, source):
         """`part` on a grid that the runtime adds exactly: scale ratios in [2^-10, 2^8)."""
         ratio = float(part.grid.scale) / float(grid.scale)
-        if ratio >= 2.0**8:
+        if ratio >= 2.0**8 and not self.guessed:
             raise NotExportable(
                 f"{source}: the scale of {part.tensor} is {ratio:.3g} times that of the sum; "
                 "the runtime adds exactly for ratios in [2^-10, 2^8). Calibrate on more images"

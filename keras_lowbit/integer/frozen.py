@@ -20,7 +20,7 @@ from keras_lowbit.integer.reference import checked_inputs
 from keras_lowbit.numerics.fixed_point import CODE_RANGES
 
 
-def build(graph: ir.Graph, name: str = "frozen") -> keras.Model:
+def build(graph: ir.Graph, name: str = "frozen", *, outputs=None) -> keras.Model:
     """The graph as a functional Keras model that computes the same codes.
 
     Inputs have the dtype of the graph's inputs and any batch; outputs are float32 tensors that
@@ -30,11 +30,15 @@ def build(graph: ir.Graph, name: str = "frozen") -> keras.Model:
     Args:
         graph: the integer graph.
         name: of the model.
+        outputs: the structure of what the model returns, such as `{"box": None, "cls": None}`, a
+            leaf for each of the graph's outputs, flattened. `None`: a tensor, or a list of them.
 
     Raises:
-        ValueError: for an operation that the layers cannot compute, by the name of its output.
+        ValueError: for an operation that the layers cannot compute, by the name of its output, or
+            a structure of another number of outputs.
     """
     _check_used(graph)
+    _check_structure(graph, outputs)
     names = _layer_names(graph)
     values = {}
     for key in graph.inputs:
@@ -45,12 +49,12 @@ def build(graph: ir.Graph, name: str = "frozen") -> keras.Model:
         operands = [values[key] for key in op.inputs]
         values[op.output] = layer(operands[0] if len(operands) == 1 else operands)
     inputs = [values[key] for key in graph.inputs]
-    outputs = [values[key] for key in graph.outputs]
-    return keras.Model(
-        inputs[0] if len(inputs) == 1 else inputs,
-        outputs[0] if len(outputs) == 1 else outputs,
-        name=name,
-    )
+    made = [values[key] for key in graph.outputs]
+    if outputs is None:
+        made = made[0] if len(made) == 1 else made
+    else:
+        made = keras.tree.pack_sequence_as(outputs, made)
+    return keras.Model(inputs[0] if len(inputs) == 1 else inputs, made, name=name)
 
 
 def graph_of(model: keras.Model) -> ir.Graph:
@@ -194,6 +198,15 @@ def _check_used(graph):
         raise ValueError(
             f"Tensors {idle} lead to no output and outputs {passed} are plain inputs: a model "
             "cannot hold either. Remove them from the graph."
+        )
+
+
+def _check_structure(graph, outputs):
+    leaves = len(graph.outputs) if outputs is None else len(keras.tree.flatten(outputs))
+    if leaves != len(graph.outputs):
+        raise ValueError(
+            f"outputs={outputs} holds {leaves} outputs, the graph has {len(graph.outputs)}: "
+            f"{list(graph.outputs)}. Give a leaf for each."
         )
 
 

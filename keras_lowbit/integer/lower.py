@@ -6,6 +6,7 @@ pass around, `integer.emit` puts them on grids, with the numbers of `integer.pro
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -26,12 +27,16 @@ from keras_lowbit.integer.values import (
     with_relu,
 )
 from keras_lowbit.kinds import (
+    ACTIVATIONS,
     OF_TWO_TENSORS,
+    activation_as_written,
     activation_name,
     is_last_axis,
     kind_of,
+    known_layers,
     limit_of,
     normalizing_of,
+    rewrite_of,
     scaling_of,
 )
 from keras_lowbit.numerics.grid import Grid
@@ -49,6 +54,7 @@ class Lowering:
         self.emitter = Emitter(weights)
         self.producers = program.producers()
         self.values = {}
+        self.grids = {}  # quantizers by the tensors that they write
         for ref, name in zip(program.inputs, program.input_names, strict=True):
             scale, offset = preprocessing or (1.0, 0.0)
             pixels = preprocessing is not None
@@ -73,10 +79,7 @@ class Lowering:
         """The value of a call's output."""
         rule = RULES.get(kind_of(call))
         if rule is None:
-            raise NotExportable(
-                f"{call.name} ({type(call.operation).__name__}) has no integer form. "
-                f"Kinds that have one: {', '.join(sorted(RULES))}"
-            )
+            raise NotExportable(_unknown(call))
         return rule(self, call)
 
     def objections(self) -> list[str]:
@@ -97,6 +100,7 @@ class Lowering:
                 found.setdefault(call.name, []).append(str(objection))
                 # An 8-bit tensor stands in, so that calls behind this one are heard too.
                 stand_in = Grid(1.0, -128, 127, 8)
+                self.emitter.guessed = True
                 for ref in made:
                     if None not in ref.shape[1:]:
                         shape = self.shape(ref)
@@ -130,6 +134,17 @@ class Lowering:
         return call.name
 
 
+def _unknown(call):
+    better = rewrite_of(call)
+    way_out = (
+        f"Write {better} instead"
+        if better
+        else "Leave it out, or end the exported model before it and compute the rest in float. "
+        f"Layers that have one: {', '.join(known_layers())}"
+    )
+    return f"{call.name} ({type(call.operation).__name__}) has no integer form. {way_out}"
+
+
 def _quantize(lowering, call):
     quantizer = call.operation.quantizer
     return _on_grid(lowering, call, lowering.read(call), quantizer)
@@ -137,10 +152,12 @@ def _quantize(lowering, call):
 
 def _grid(lowering, call, quantizer):
     """The grid of an activation quantizer that has seen data."""
-    if not lowering.dry and not quantizer.is_calibrated:
-        raise NotExportable(
-            f"{call.name} is not calibrated. Run keras_lowbit.calibrate(model, images) first"
-        )
+    if not quantizer.is_calibrated:
+        if not lowering.dry:
+            raise NotExportable(
+                f"{call.name} is not calibrated. Run keras_lowbit.calibrate(model, images) first"
+            )
+        lowering.emitter.guessed = True
     grid = quantizer.grid()
     if grid.hi - grid.lo > 255:
         raise NotExportable(
@@ -160,7 +177,9 @@ def _on_grid(lowering, call, value, quantizer):
         value = _affine(value, 1.0, -offset, call)
     if isinstance(value, OnGrid):
         name = f"{name}_a{grid.bits}"
-    return lowering.emitter.put(value, grid, name)
+    made = lowering.emitter.put(value, grid, name)
+    lowering.grids[made.tensor] = quantizer
+    return made
 
 
 def _dequantize(lowering, call):
@@ -189,7 +208,7 @@ def _product(lowering, call):
         value = _separable(lowering, call, value)
     else:
         value = _linear(lowering, call, value, layer.kernel, layer.kernel_quantizer, layer.bias)
-    value = _activated(value, call)
+    value = _activated(value, call, call.name)
     if layer.output_quantizer is not None:
         value = lowering.emitter.put(
             value, _grid(lowering, call, layer.output_quantizer), call.name
@@ -305,7 +324,7 @@ def _check_padding(layer, value, kernel_shape):
 _PROBABILITIES = {"softmax": ir.Softmax, "sigmoid": ir.Logistic}
 
 
-def _activated(value, call):
+def _activated(value, call, who):
     name, limit = activation_name(call.operation), limit_of(call.operation)
     if name == "linear":
         return value
@@ -315,19 +334,19 @@ def _activated(value, call):
         return with_relu(value, limit, call.name)
     if name in _PROBABILITIES:
         raise NotExportable(
-            f"{call.name}: a {name} inside a layer has no grid before it; give the layer "
+            f"{who}: a {name} inside a layer has no grid before it; give the layer "
             "activation=None, then Quantize, Dequantize and the activation, as quantize_model does"
         )
     if name in OF_TWO_TENSORS:
         raise NotExportable(
-            f"{call.name}: {name} becomes two tensors with grids of their own, which "
+            f"{who}: {name} becomes two tensors with grids of their own, which "
             "quantize_model puts there; in a model built by hand, write it as a product or a sum"
         )
     if name == "softmax_variant":
         raise NotExportable(_other_axis(call))
     raise NotExportable(
-        f"{call.name}: activation {name!r} has no exact integer form. "
-        "Use relu, relu6, leaky_relu, hard_sigmoid, sigmoid, silu, hard_silu, softmax or linear"
+        f"{who}: {activation_as_written(call.operation)} has no exact integer form. "
+        f"Use {ACTIVATIONS}"
     )
 
 
@@ -351,14 +370,24 @@ def _activation(lowering, call):
         lowering.emitter.tensors[wanted] = tensor
         lowering.emitter.ops.append(_PROBABILITIES[name]((value.tensor,), wanted, call.name))
         return Probabilities(wanted, value.shape)
-    return _activated(lowering.read(call), call)
+    return _activated(lowering.read(call), call, _owner(lowering, call))
+
+
+def _owner(lowering, call):
+    """The layer that an activation was written into: `quantize_model` made its own call of it."""
+    layer = lowering.tensor_name(call.inputs[0])
+    made = walk.plain(f"{layer}_{activation_name(call.operation)}")
+    return layer if re.fullmatch(rf"{re.escape(made)}(_\d+)?", call.name) else call.name
 
 
 def _batch_norm(lowering, call):
     layer = call.operation
     value = lowering.read(call)
     if layer.axis not in (-1, len(call.output.shape) - 1):
-        raise NotExportable(f"{call.name}: batch norm must run over the last axis")
+        raise NotExportable(
+            f"{call.name}: batch norm must run over the last axis. Got axis={layer.axis}; build it "
+            "with axis=-1, for images with their channels last"
+        )
     variance = _numpy(layer.moving_variance)
     gain = 1.0 / np.sqrt(variance + layer.epsilon)
     if layer.scale:
@@ -412,7 +441,8 @@ def _add(lowering, call):
     first, second = _two(lowering, call)
     if first.shape != second.shape:
         raise NotExportable(
-            f"{call.name}: only equal shapes are added. Got {first.shape} and {second.shape}"
+            f"{call.name}: only equal shapes are added. Got {first.shape} and {second.shape}; "
+            "repeat the smaller one, such as (1, 1, channels) with UpSampling2D"
         )
     return Elementwise(ir.Add, first, second, first.shape, call.name)
 

@@ -157,7 +157,11 @@ def _whole_window(call, value, what):
     axis = getattr(call.operation, "axis", (1, 2))
     axes = () if axis is None else tuple(a % 4 for a in np.atleast_1d(axis))
     if len(value.shape) != 4 or axes != (1, 2):
-        raise NotExportable(f"{call.name}: only a {what} over height and width is supported")
+        pool = {"mean": "GlobalAveragePooling2D", "maximum": "GlobalMaxPooling2D"}[what]
+        raise NotExportable(
+            f"{call.name}: only a {what} over height and width is supported, that of {pool}. "
+            f"Got axis={axis} of {value.shape}"
+        )
     return value.shape[1:3], (value.shape[0], 1, 1, value.shape[-1])
 
 
@@ -174,7 +178,10 @@ def pad(lowering, call):
     if hasattr(operation, "pad_width"):
         widths = tuple((int(a), int(b)) for a, b in operation.pad_width)
         if operation.mode != "constant" or padding_value(call):
-            raise NotExportable(f"{call.name}: only zero padding is supported")
+            raise NotExportable(
+                f"{call.name}: only zero padding is supported. Use ZeroPadding2D, or "
+                "padding='same' in the layer behind it"
+            )
     else:
         widths = ((0, 0), *(tuple(p) for p in operation.padding), (0, 0))
     return _moved(lowering, call, ir.Pad, paddings=widths)
@@ -213,8 +220,24 @@ def strided_slice(lowering, call):
     key = call.args[1] if len(call.args) > 1 else dict(call.kwargs).get("key")
     strides = _slice_strides(key, len(call.inputs[0].shape))
     if strides is None:
-        raise NotExportable(f"{call.name}: only x[:, ::s, ::t, :] is supported. Got {key}")
+        parts = key if isinstance(key, (tuple, list)) else [key]
+        written = ", ".join(_as_written(part) for part in parts)
+        raise NotExportable(
+            f"{call.name}: only x[:, ::s, ::t, :] is supported. Got x[{written}]; "
+            "crop, turn and reorder images before the model; means and deviations of channels may "
+            "be a Normalization layer, or preprocessing= of the export"
+        )
     return _moved(lowering, call, ir.DepthwiseConv2D, strides=strides, padding="VALID")
+
+
+def _as_written(part):
+    """A part of a slice's key: `1:`, `::2`, `...` or an index."""
+    if part is Ellipsis:
+        return "..."
+    if not isinstance(part, slice):
+        return str(part)
+    start, stop, step = ("" if n is None else str(n) for n in (part.start, part.stop, part.step))
+    return f"{start}:{stop}:{step}" if step else f"{start}:{stop}"
 
 
 def _slice_strides(key, rank):

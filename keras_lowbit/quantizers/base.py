@@ -82,7 +82,8 @@ class Quantizer(keras.layers.Layer):
             self.target_bits = check_bits(target_bits, who=type(self).__name__)
         self.signed = bool(signed)
         self.role = role
-        # Set while `calibrate` looks: called with (quantizer, reals) and reals pass unchanged.
+        # Set while `calibrate` looks: called with (quantizer, reals); they pass unchanged unless it
+        # returns True.
         self.observer = None
         # Only where asked for: a quantizer that nobody switches computes nothing more.
         self.switch = None
@@ -112,7 +113,8 @@ class Quantizer(keras.layers.Layer):
         again, or add switches to a whole model by `callbacks.switches.add_switches`.
 
         The switch is no weight in files: they are those of a model without. A config remembers
-        that it is off.
+        that it is off. In `get_weights()` it is one: lists taken before and clones made later are
+        shorter. Go back to a start by a file, or by a list taken after `add_switch`.
 
         Returns:
             Whether the variable is new.
@@ -300,9 +302,8 @@ class Quantizer(keras.layers.Layer):
         raise NotImplementedError(f"{type(self).__name__} must define to_codes")
 
     def encode(self, x):
-        """`to_codes`; the reals with scale 1 while an observer is set or the switch is off."""
-        if self.observer is not None:
-            self.observer(self, x)
+        """`to_codes`; the reals with scale 1 while an observer looks or the switch is off."""
+        if self.observer is not None and not self.observer(self, x):
             # Readers add the offset, so it is taken off as it will be on the grid.
             return (x - self.offset if self.offset else x), ops.ones(())
         x = ops.cast(x, "float32")

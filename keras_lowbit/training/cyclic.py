@@ -154,7 +154,9 @@ class CyclicTraining:
             y: likewise.
             optimizer: makes a new optimizer for each stage.
             compile_options: arguments of `compile`, such as loss and metrics.
-            callbacks: makes the callbacks of a stage.
+            callbacks: makes the callbacks of a stage. Epochs count on over all stages, so schedules
+                over the epochs of a `fit` (`StochasticPrecision`, `TemperatureAnnealing`,
+                `DampenOscillations`) run once over all of them.
             batch_norm_data: images for batch norms; `None` for `x`. Of an iterator the first
                 `reestimate_batches` batches are kept.
             directory: where log and snapshots lie, one for each training: `stages.json`,

@@ -3,39 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.callbacks.resume import damaged, read_arrays
-from keras_lowbit.callbacks.sites import sites_of
-
-
-def write_json(content, path: Path) -> None:
-    """Write under another name, then rename."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def read_json(path: Path, default):
-    """The content, or `default` where there is no file.
-
-    Raises:
-        ValueError: a damaged file, or one of something else than `default` where that is no `None`.
-    """
-    if not path.is_file():
-        return default
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if default is not None and type(found) is not type(default):
-            raise ValueError(f"no {type(default).__name__}")
-    except (OSError, ValueError) as error:
-        raise damaged(path, error) from error
-    return found
+from keras_lowbit.quantizers.sites import sites_of
+from keras_lowbit.whole_files import read_arrays, read_json, write_arrays, write_json
 
 
 def write_state(model: keras.Model, path: Path) -> None:
@@ -44,10 +19,8 @@ def write_state(model: keras.Model, path: Path) -> None:
     Neither those that callbacks add to quantizers while `fit` runs (switches, pulls): stages and
     callbacks set them, and a model that has met its callbacks must read what another wrote.
     """
-    unfinished = path.with_name(f"{path.stem}.unfinished.npz")
     arrays = [np.asarray(ops.convert_to_numpy(v)) for v in _kept(model)]
-    np.savez(unfinished, **{f"{i:06d}": array for i, array in enumerate(arrays)})
-    os.replace(unfinished, path)
+    write_arrays(path, {f"{i:06d}": array for i, array in enumerate(arrays)})
 
 
 def read_state(model: keras.Model, path: Path) -> None:

@@ -7,8 +7,8 @@ import fnmatch
 
 import keras
 
-from keras_lowbit.callbacks.sites import Site, layers_of, sites_of
 from keras_lowbit.callbacks.switches import add_switches
+from keras_lowbit.quantizers.sites import Site, layers_of, sites_of
 from keras_lowbit.training.plan import FLOAT, MAX_BITS, Stage
 
 

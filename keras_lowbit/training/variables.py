@@ -6,7 +6,7 @@ import re
 
 import keras
 
-from keras_lowbit.callbacks.sites import sites_of
+from keras_lowbit.quantizers.sites import sites_of
 
 
 def exclude_from_weight_decay(

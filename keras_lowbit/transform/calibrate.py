@@ -17,6 +17,7 @@ from keras_lowbit.progress import track
 from keras_lowbit.quantizers import Affine, Quantizer
 from keras_lowbit.transform.batches import Batches
 from keras_lowbit.transform.kernels import fit_kernels
+from keras_lowbit.transform.leave_ties import leave_ties
 from keras_lowbit.transform.plan import OF_IMAGES
 from keras_lowbit.transform.snap_biases import snap_biases
 
@@ -33,7 +34,9 @@ def calibrate(
     Images run through the model with quantized kernels and float activations (signs stay signs);
     each grid is then fitted to (a seeded sample of) the values that arrived at it. Kernels keep
     their scales, except that layers put in by hand, whose kernels have none yet, get theirs first.
-    Last, biases move to the nearest that an exported file can hold (`snap_biases`).
+    Last, what would make the model differ from its file moves: scales on which sums are ties
+    (`leave_ties`), by a few thousandths of themselves at most, and biases to the nearest that a
+    file can hold (`snap_biases`).
 
     Args:
         model: a model of `quantize_model`, or one built from quantized layers.
@@ -68,16 +71,18 @@ def calibrate(
     for call in program.calls:
         fit_kernels(call.operation)
     reservoir = _Reservoir(samples, batches.images, method)
-    with _observed(program, reservoir, only_new):
+    of_images = _image_grids(program)
+    with _observed(program, reservoir, only_new, of_images):
         for batch in track(batches, "calibrate"):
             walk.forward(program, program.feeds(batch))
-    of_images = _image_grids(program)
     collected = list(reservoir.collected())
     for quantizer, x in collected:
         if id(quantizer) in of_images:
             quantizer.check_images(x)
+    collected = [(q, x) for q, x in collected if not (only_new and q.is_calibrated)]
     for quantizer, x in collected:
         quantizer.fit_scale(x, method)
+    leave_ties(model, [quantizer for quantizer, _ in collected])
     return snap_biases(model)
 
 
@@ -129,6 +134,11 @@ class _Reservoir:
                 flat = np.concatenate([flat[:, chosen], np.stack([low, high], axis=1)], axis=1)
         self.kept.setdefault(id(quantizer), (quantizer, []))[1].append(flat.reshape(-1))
 
+    def look(self, quantizer, x):
+        """`add`, and True: the values then go on their grid all the same."""
+        self.add(quantizer, x)
+        return True
+
     def _add_rows(self, quantizer, x):
         """Positions with all their channels, for quantizers that weigh channels."""
         channels = x.shape[-1]
@@ -146,16 +156,20 @@ class _Reservoir:
 
 
 @contextlib.contextmanager
-def _observed(program, reservoir, only_new):
-    """Inside the block activation quantizers let reals pass and show them to the reservoir."""
+def _observed(program, reservoir, only_new, of_images):
+    """Inside the block activation quantizers let reals pass and show them to the reservoir.
+
+    With `only_new` those that have scales quantize; of them grids of images show what they get.
+    """
     found = [q for call in program.calls for q in activation_quantizers(call.operation)]
     # Signs have nothing to see, and sums behind them are of another size than those of reals.
     found = [q for q in found if q.fits_data]
-    if only_new:
-        found = [q for q in found if not q.is_calibrated]
     try:
         for quantizer in found:
-            quantizer.observer = reservoir.add
+            if not (only_new and quantizer.is_calibrated):
+                quantizer.observer = reservoir.add
+            elif id(quantizer) in of_images:
+                quantizer.observer = reservoir.look
         yield
     finally:
         for quantizer in found:

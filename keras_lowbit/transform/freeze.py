@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keras
 
+from keras_lowbit import walk
 from keras_lowbit.integer import frozen
 from keras_lowbit.integer.build import integer_graph
 
@@ -23,6 +24,7 @@ def freeze(
 
     Returns:
         A Keras model that saves, loads and runs compiled on every backend; nothing in it trains.
+        Its outputs are in the structure of the model's: a dict stays one.
 
     Raises:
         keras_lowbit.NotExportable: names the layer that has no integer form.
@@ -34,4 +36,4 @@ def freeze(
         weights=weights,
         preprocessing=preprocessing,
     )
-    return frozen.build(graph)
+    return frozen.build(graph, outputs=walk.flatten(model).outputs)

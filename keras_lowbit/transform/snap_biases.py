@@ -33,8 +33,9 @@ def snap_biases(model):
         bias'[c] = round(bias[c] / unit[c]) * unit[c]              half to even
 
     where `bias` is what is added in all; the layer's own bias moves, or the `beta` of the last
-    batch norm behind it. The exported file stays as it is, because it rounds biases to the same
-    units; with `weights="int4_all"` it rounds to others. `calibrate` and `correct_biases` end with
+    batch norm behind it; likewise the `beta` of a batch norm that has no product in front. The
+    exported file stays as it is, because it rounds biases to the same units; with
+    `weights="int4_all"` it rounds to others. `calibrate` and `correct_biases` end with
     this; call it once more after `fit`, before the Keras model is measured against its file.
 
     Latent weights within 1e-4 of a code of the border between two codes move that far away from
@@ -56,7 +57,8 @@ def snap_biases(model):
     readers = program.readers()
     for call in program.calls:
         found = lowering.emitter.biases.get(call.name, [])
-        shift = _shift(found) if kind_of(call) == "product" else None
+        # A batch norm behind a sum, a pool or an image becomes a product of its own.
+        shift = _shift(found) if kind_of(call) in ("product", "batch_norm") else None
         if shift is None:
             continue
         variable, gain = _variable(call, readers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from keras_lowbit.tuning import programs
-from keras_lowbit.tuning.block_model import divergence
+from keras_lowbit.tuning.block_model import logit_error
 
 
 class Behind:
@@ -51,6 +51,6 @@ def with_logits(loss, behind: Behind, weight: float):
 
     def both(wanted, got):
         *own, logits = wanted
-        return loss(own, got) + weight * divergence([logits], behind(got))
+        return loss(own, got) + weight * logit_error([logits], behind(got))
 
     return both

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.distillation.divergence import divergence
 from keras_lowbit.kinds import own_bias
 from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.transform.calibrate import activation_quantizers
@@ -69,11 +70,10 @@ def squared_error(variances):
     return loss
 
 
-def divergence(wanted, got):
-    """`KL(softmax(wanted) || softmax(got))` of logits, mean over the batch."""
+def logit_error(wanted, got):
+    """`KL(softmax(wanted) || softmax(got))` of the one tensor in each list, mean over the batch."""
     (wanted,), (got,) = wanted, got
-    teacher = ops.log_softmax(wanted)
-    return ops.mean(ops.sum(ops.exp(teacher) * (teacher - ops.log_softmax(got)), axis=-1))
+    return divergence(wanted, got, 1.0)
 
 
 class BlockModel(keras.Model):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,13 @@ from keras import ops
 from keras_lowbit import walk
 from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.transform.calibrate import activation_quantizers
+from keras_lowbit.whole_files import (
+    checksum,
+    read_arrays,
+    read_json,
+    write_arrays,
+    write_json,
+)
 
 _RUN = "run.json"
 
@@ -20,7 +25,7 @@ _RUN = "run.json"
 class Folder:
     """`run.json` says which run it is; `block_000.npz` and on hold variables of finished blocks.
 
-    Files are written under another name and renamed when complete.
+    Files are whole at any moment (`whole_files`).
     """
 
     def __init__(self, path: Path | None):
@@ -31,7 +36,7 @@ class Folder:
         """The folder of a run, made where absent; `None` keeps nothing.
 
         Raises:
-            ValueError: the folder holds another run, or is a file.
+            ValueError: the folder holds another run or a damaged file, or is a file.
         """
         if path is None:
             return cls(None)
@@ -42,15 +47,15 @@ class Folder:
         settings = {
             **settings,
             "quantizers": _grids(model),
-            "float_weights": _checksum(float_model.get_weights()),
-            "images": _checksum(images),
+            "float_weights": checksum(float_model.get_weights()),
+            "images": checksum(images),
         }
         settings = json.loads(json.dumps(settings))
         file = path / _RUN
-        if not file.exists():
-            _replace(file, lambda target: target.write_text(json.dumps(settings, indent=1)))
+        held = read_json(file, {})
+        if not held:
+            write_json(settings, file)
             return cls(path)
-        held = json.loads(file.read_text())
         odd = [key for key in settings if held.get(key) != settings[key]]
         if odd:
             key, was, now = odd[0], held.get(odd[0]), settings[odd[0]]
@@ -69,33 +74,25 @@ class Folder:
         return file is not None and file.exists()
 
     def load(self, i, variables) -> float:
-        """Set the variables of a finished block and give its error before training."""
-        with np.load(self._file(i)) as held:
-            for n, variable in enumerate(variables):
-                variable.assign(held[f"v{n:04d}"])
-            return float(held["before"])
+        """Set the variables of a finished block and give its error before training.
+
+        Raises:
+            ValueError: a damaged file.
+        """
+        held = read_arrays(self._file(i))
+        for n, variable in enumerate(variables):
+            variable.assign(held[f"v{n:04d}"])
+        return float(held["before"])
 
     def save(self, i, variables, before) -> None:
         """Keep a finished block."""
         file = self._file(i)
-        if file is None:
-            return
-        arrays = {f"v{n:04d}": ops.convert_to_numpy(v) for n, v in enumerate(variables)}
-
-        def write(target):
-            with target.open("wb") as stream:
-                np.savez(stream, before=before, **arrays)
-
-        _replace(file, write)
+        if file is not None:
+            arrays = {f"v{n:04d}": ops.convert_to_numpy(v) for n, v in enumerate(variables)}
+            write_arrays(file, {"before": np.float64(before), **arrays})
 
     def _file(self, i):
         return None if self.path is None else self.path / f"block_{i:03d}.npz"
-
-
-def _replace(file, write):
-    unfinished = file.with_name(file.name + ".unfinished")
-    write(unfinished)
-    os.replace(unfinished, file)
 
 
 def _grids(model):
@@ -111,10 +108,3 @@ def _grids(model):
 
 def _shape(scale):
     return None if scale is None else list(scale.shape)
-
-
-def _checksum(arrays):
-    total = 0
-    for array in arrays:
-        total = zlib.crc32(np.ascontiguousarray(array), total)
-    return total

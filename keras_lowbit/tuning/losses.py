@@ -46,7 +46,7 @@ class Losses:
     def of(self, i, variances):
         """`(loss, further targets, context to train in)` of block `i`."""
         if self.is_last(i) and self.by_logits:
-            return block_model.divergence, [], contextlib.nullcontext()
+            return block_model.logit_error, [], contextlib.nullcontext()
         loss = block_model.squared_error(variances)
         if not self.weight:
             return loss, [], contextlib.nullcontext()

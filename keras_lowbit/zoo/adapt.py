@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import keras
 
-from keras_lowbit.callbacks.sites import quantizers_of
 from keras_lowbit.checks import checked_count
 from keras_lowbit.layers import Dequantize, Quantize
 from keras_lowbit.named_outputs import model_of
+from keras_lowbit.quantizers.sites import quantizers_of
 from keras_lowbit.transform.copies import set_weights
 from keras_lowbit.transform.kernels import fit_kernels
 

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.callbacks import BitDescent, FreezeBatchNorm, StochasticPrecision
-from keras_lowbit.callbacks.sites import sites_of
+from keras_lowbit.quantizers.sites import sites_of
 from tests.callbacks import tiny
 
 EPOCHS = 4

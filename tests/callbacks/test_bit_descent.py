@@ -5,9 +5,9 @@ from keras import ops
 
 from keras_lowbit import layers, quantizers
 from keras_lowbit.callbacks import BitDescent
-from keras_lowbit.callbacks.sites import sites_of
 from keras_lowbit.optimizers import velocities
 from keras_lowbit.quantizers import Quantizer
+from keras_lowbit.quantizers.sites import sites_of
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.quantize_model import quantize_model
 from tests.callbacks import tiny

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_lowbit.callbacks import DampenOscillations, attach_cosine, attach_dampening
-from keras_lowbit.callbacks.sites import half_cosine
+from keras_lowbit.callbacks.schedules import half_cosine
 from keras_lowbit.regularizers import Dampening
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform import quantize_model

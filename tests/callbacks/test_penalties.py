@@ -6,8 +6,8 @@ import numpy as np
 from keras_lowbit import calibrate, quantize_model
 from keras_lowbit.callbacks import DampenOscillations, TernaryPhases
 from keras_lowbit.callbacks.penalties import kernels_of
-from keras_lowbit.callbacks.sites import sites_of
 from keras_lowbit.distillation import MutualDistiller
+from keras_lowbit.quantizers.sites import sites_of
 from keras_lowbit.training import Stage, stages
 from tests.callbacks import tiny
 

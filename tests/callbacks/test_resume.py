@@ -11,7 +11,7 @@ import pytest
 from keras import ops
 
 from keras_lowbit.callbacks import BitDescent, FreezeOscillating, Resume
-from keras_lowbit.callbacks.sites import sites_of
+from keras_lowbit.quantizers.sites import sites_of
 from tests.callbacks import resume_job, tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,9 +6,9 @@ import pytest
 from keras import ops
 
 from keras_lowbit.callbacks import StochasticPrecision, TwoStage
-from keras_lowbit.callbacks.sites import sites_of
 from keras_lowbit.callbacks.stochastic_precision import units_of
 from keras_lowbit.callbacks.switches import add_switches
+from keras_lowbit.quantizers.sites import sites_of
 from keras_lowbit.transform.quantize_model import quantize_model
 from tests.callbacks import tiny
 

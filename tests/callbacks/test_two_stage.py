@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_lowbit.callbacks import TwoStage
-from keras_lowbit.callbacks.sites import sites_of
+from keras_lowbit.quantizers.sites import sites_of
 from keras_lowbit.transform.calibrate import calibrate
 from keras_lowbit.transform.freeze import freeze
 from keras_lowbit.transform.quantize_model import quantize_model

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_lowbit.callbacks.sites import sites_of
+from keras_lowbit.quantizers.sites import sites_of
 from keras_lowbit.transform.calibrate import calibrate
 from keras_lowbit.transform.quantize_model import quantize_model
 

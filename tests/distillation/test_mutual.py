@@ -7,9 +7,9 @@ from keras import ops
 
 from keras_lowbit import quantizers
 from keras_lowbit.callbacks import BitDescent, CyclicPrecision, TwoStage
-from keras_lowbit.callbacks.sites import sites_of
 from keras_lowbit.distillation import Distiller, MutualDistiller
 from keras_lowbit.distillation.divergence import divergence, on_grid_of
+from keras_lowbit.quantizers.sites import sites_of
 from keras_lowbit.transform.calibrate import calibrate
 from keras_lowbit.transform.quantize_model import quantize_model
 from tests.callbacks import tiny

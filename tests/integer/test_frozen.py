@@ -271,6 +271,35 @@ def test_the_batch_of_the_graph_does_not_bind_the_model():
         )
 
 
+@pytest.mark.parametrize(
+    "structure",
+    [{"b": 0, "a": 0}, {"b": [0], "a": {"late": 0}}, [0, 0]],
+    ids=["dict", "nested", "list"],
+)
+def test_outputs_keep_the_structure_that_is_asked_for(structure, tmp_path):
+    net = Net(0, x=((1, 5), "int8"))
+    net.tensors["x"] = dataclasses.replace(net.tensors["x"], scale=1.0)
+    net.product(ir.FullyConnected, "first", "x", (1, 2), (5, 2))
+    net.product(ir.FullyConnected, "second", "x", (1, 3), (5, 3))
+    graph = net.graph("first", "second")
+    inputs = random_inputs(graph, 2)
+    wanted = reference.run(graph, inputs)
+    frozen.build(graph, outputs=structure).save(tmp_path / "m.keras")
+    model = keras.models.load_model(tmp_path / "m.keras")
+    assert_same_graph(frozen.graph_of(model), graph)
+    assert_same_tensors(frozen.tensors_of(model, inputs), wanted)
+    made = model.predict(inputs["x"], verbose=0)
+    keras.tree.assert_same_structure(made, structure)
+    for name, codes in zip(graph.outputs, keras.tree.flatten(made), strict=True):
+        np.testing.assert_array_equal(codes, wanted[name])
+
+
+def test_a_structure_of_another_number_of_outputs_is_refused():
+    graph = residual_net(0)
+    with pytest.raises(ValueError, match=r"outputs=.*holds 2 outputs, the graph has 5"):
+        frozen.build(graph, outputs={"a": 0, "b": 0})
+
+
 def test_a_model_cut_short_is_a_frozen_model():
     graph = residual_net(0)
     model = frozen.build(graph)

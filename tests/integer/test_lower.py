@@ -230,10 +230,28 @@ def test_a_strided_slice_is_a_product_of_ones_that_keeps_codes(readers):
     ("layer", "message"),
     [
         (lambda x: K.Activation("tanh", name="t")(x), "t: activation 'tanh' has no exact"),
-        (lambda x: ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]], "reflect"), "only zero padding"),
-        (lambda x: x[:, 1:, ::2], r"only x\[:, ::s, ::t, :\] is supported"),
+        (
+            lambda x: ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]], "reflect"),
+            r"only zero padding .* Use ZeroPadding2D",
+        ),
+        (
+            lambda x: x[:, 1:, ::2, ..., :1],
+            r"only x\[:, ::s, ::t, :\] is supported. Got x\[:, 1:, ::2, ..., :1\]; crop.*before",
+        ),
         (lambda x: K.LayerNormalization(name="n")(x), "n .LayerNormalization. has no integer form"),
-        (lambda x: K.ReLU(threshold=0.1, name="r")(x), "r: activation 'relu_variant'"),
+        (lambda x: K.ReLU(threshold=0.1, name="r")(x), r"r: ReLU\(threshold=0.1\) has no exact"),
+        (
+            lambda x: K.Activation(K.ReLU(6, negative_slope=0.5), name="r")(x),
+            r"r: ReLU\(max_value=6, negative_slope=0.5\) has no .*leaky_relu .with a slope up to 1",
+        ),
+        (
+            lambda x: K.BatchNormalization(1, name="b")(x),
+            r"b: batch norm must run over the last axis. Got axis=1; build it with axis=-1",
+        ),
+        (
+            lambda x: ops.mean(x, axis=-1, keepdims=True),
+            r"only a mean over height and width .* that of GlobalAveragePooling2D. Got axis=\[-1\]",
+        ),
     ],
 )
 def test_what_has_no_integer_form_is_refused_by_name(layer, message):

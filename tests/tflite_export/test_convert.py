@@ -230,12 +230,14 @@ def test_a_layer_left_float_is_refused_by_name():
         convert(model)
 
 
-def test_an_unknown_layer_is_refused_by_name_with_what_is_known():
+def test_an_unknown_layer_is_refused_by_name_with_what_to_write():
     inputs = keras.Input(SHAPE)
     x = K.LayerNormalization(name="strange")(K.Conv2D(4, 3, name="c")(inputs))
     model = keras.Model(inputs, K.Dense(2)(K.Flatten()(x)))
     model = calibrate(quantize_model(model), images())
-    with pytest.raises(NotExportable, match=r"strange \(LayerNormalization\).*global_average_pool"):
+    with pytest.raises(
+        NotExportable, match=r"strange \(LayerNormalization\).*Write BatchNormalization"
+    ):
         convert(model)
 
 
@@ -256,6 +258,37 @@ def test_check_finds_nothing_in_models_that_convert():
     assert check(small()) == []
     assert check(quantize_model(small(), "w4a4")) == []
     assert check(trained()) == []
+
+
+def gated():
+    """A ReLU's limit is known before any data."""
+    inputs = keras.Input(SHAPE)
+    x = K.Activation("silu")(K.ReLU(0.1)(K.Conv2D(4, 3)(inputs)))
+    return keras.Model(inputs, K.Dense(2)(K.Flatten()(x)))
+
+
+def summed():
+    """So is the range of an input."""
+    inputs = keras.Input(SHAPE)
+    return keras.Model(inputs, K.Add()([inputs, K.Conv2D(3, 3, padding="same")(inputs)]))
+
+
+@pytest.mark.parametrize(("model_of", "largest"), [(gated, 1), (summed, 1e5)])
+def test_check_of_a_model_without_data_says_nothing_about_scales(model_of, largest):
+    """A scale that no data has set is 1; others are not."""
+    model = quantize_model(model_of(), "w8a8", input_range=(0, largest))
+    assert check(model) == []
+    calibrate(model, largest * images())
+    assert check(model) == []
+    assert convert(model, verify=(largest * images()).astype("float32")).mismatches == 0
+
+
+def test_check_of_a_calibrated_model_knows_its_scales():
+    x = inputs = keras.Input(SHAPE)
+    x = K.Add(name="sum")([K.Conv2D(4, 3, name="c")(x), K.Conv2D(4, 3)(x)])
+    model = calibrate(quantize_model(keras.Model(inputs, x), "w8a8"), images())
+    model.get_layer("c_quantize").quantizer.scale.assign(1e6)
+    assert any(sentence.startswith("sum: the scale of") for sentence in check(model))
 
 
 def test_check_needs_a_known_target():

@@ -13,9 +13,9 @@ import pytest
 from keras import ops
 
 from keras_lowbit.callbacks import BitDescent, DampenOscillations
-from keras_lowbit.callbacks.sites import sites_of
 from keras_lowbit.data import AugmentedBatches
 from keras_lowbit.distillation import MutualDistiller
+from keras_lowbit.quantizers.sites import sites_of
 from keras_lowbit.training import CyclicTraining, Stage, StagePlan, files, stages
 from tests.callbacks import tiny
 from tests.training import cyclic_job

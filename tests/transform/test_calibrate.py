@@ -64,6 +64,21 @@ def test_arrays_and_iterables_give_the_same_scales(method):
     assert scales(first) == scales(second)
 
 
+def test_new_grids_alone_still_want_images_of_the_old_ones_range():
+    model = calibrate(net(input_range=(0, 255)), images(high=255.0))
+    before = scales(model)
+    with pytest.raises(
+        ValueError, match=r"image_quantize.*the images span 0.999 codes of a grid of 256"
+    ):
+        calibrate(model, images(), only_new=True)
+    assert scales(model) == before
+    # Else the grid quantizes while new ones look.
+    model.get_layer("pool_quantize").quantizer.calibrated.assign(0.0)
+    calibrate(model, images(high=255.0), only_new=True)
+    assert uncalibrated(model) == []
+    assert scales(model)["image_quantize"] == before["image_quantize"]
+
+
 def grid_alone(quantizer):
     """A model that puts its input on a grid."""
     inputs = keras.Input((100, 50, 1))

@@ -98,3 +98,16 @@ def test_operations_keep_names_of_their_own_beside_copied_layers():
     model = keras.Model(inputs, K.Dense(2)(K.Flatten()(x)))
     small = calibrate(quantize_model(model), images())
     assert integer_graph(small).ops
+
+
+def test_a_dict_of_outputs_stays_one():
+    inputs = keras.Input(SHAPE)
+    x = K.GlobalAveragePooling2D()(K.Conv2D(4, 3)(inputs))
+    outputs = {"second": K.Dense(2, name="b")(x), "first": K.Dense(3, name="a")(x)}
+    model = calibrate(quantize_model(keras.Model(inputs, outputs), "w8a8"), images())
+    trained, made = model.predict(images(), verbose=0), freeze(model).predict(images(), verbose=0)
+    assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in trained.items()}
+    for key, layer in (("first", "a_quantize"), ("second", "b_quantize")):
+        step = float(ops.convert_to_numpy(model.get_layer(layer).quantizer.scale))
+        # One code: float32 sums on either side of a tie.
+        np.testing.assert_allclose(made[key], trained[key], atol=1.01 * step)

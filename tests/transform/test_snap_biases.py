@@ -154,6 +154,28 @@ def test_a_model_without_an_integer_form_stays_as_it_is(images):
     np.testing.assert_array_equal(ops.convert_to_numpy(made.get_layer("conv").bias), before)
 
 
+def test_batch_norms_without_a_product_in_front_are_snapped_too(images):
+    """Pre-activation: a norm behind a sum is a product of its own."""
+    inputs = keras.Input((9, 9, 3))
+    x = K.Conv2D(8, 3, padding="same")(K.Rescaling(1 / 255)(inputs))
+    x = K.Add()([x, K.Conv2D(8, 3, padding="same")(K.ReLU()(x))])
+    x = K.Conv2D(8, 3)(K.ReLU()(K.BatchNormalization(name="behind_sum")(x)))
+    model = keras.Model(inputs, K.Dense(4)(K.GlobalAveragePooling2D()(x)))
+    hostile(model.get_layer("behind_sum"))
+    model = nudged(klb.calibrate(klb.quantize_model(model, "w8a8"), images))
+
+    def off():
+        lowering = Lowering(walk.flatten(model), 1, "int8")
+        lowering.run()
+        (biases,) = lowering.emitter.biases["behind_sum"]
+        return np.abs(biases.reals / biases.unit - biases.codes).max()
+
+    # Not half a unit: the code of a copy is chosen such that its bias is nearly whole.
+    assert 1e-2 < off() < 0.5
+    snap_biases(model)
+    assert off() < 2e-3  # float32, and another code for the copy
+
+
 def test_weights_on_the_border_between_codes_leave_it():
     inputs = keras.Input((4,))
     model = klb.quantize_model(keras.Model(inputs, K.Dense(3, name="head")(inputs)), "w8a8")

@@ -9,7 +9,7 @@ from keras_lowbit.transform.calibrate import calibrate
 from keras_lowbit.transform.quantize_model import quantize_model
 from keras_lowbit.tuning import blocks, programs, reconstruct
 from keras_lowbit.tuning.behind import Behind, with_logits
-from keras_lowbit.tuning.block_model import BlockModel, divergence
+from keras_lowbit.tuning.block_model import BlockModel, logit_error
 from tests.tuning.nets import images, mobile, quantized, small
 
 K = keras.layers
@@ -81,10 +81,10 @@ def test_logits_come_nearer_and_the_float_model_stays_trainable():
     flags = [v.trainable for v in model.variables]
     low = quantized(model, "w2a4")
     wanted = ops.convert_to_numpy(model(X))
-    start = float(divergence([wanted], [ops.convert_to_numpy(low(X))]))
+    start = float(logit_error([wanted], [ops.convert_to_numpy(low(X))]))
     options = {"batch_size": 8, "blocks": ["stem_relu"]}
     reconstruct(low, model, X, steps=20, logit_weight=1.0, **options)
-    assert float(divergence([wanted], [ops.convert_to_numpy(low(X))])) < start
+    assert float(logit_error([wanted], [ops.convert_to_numpy(low(X))])) < start
     assert [v.trainable for v in model.variables] == flags
 
 

@@ -11,7 +11,7 @@ import tflite_export
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform.quantize_model import quantize_model
 from keras_lowbit.tuning import Rates, reconstruct
-from keras_lowbit.tuning.block_model import BlockModel, divergence
+from keras_lowbit.tuning.block_model import BlockModel, logit_error
 from tests.tuning.nets import images, mobile, quantized, small
 
 X = images()
@@ -49,10 +49,10 @@ def test_errors_fall_and_the_file_stays_exact(norms, tmp_path):
     before = weights(model)
     low = coarse(quantized(model, "w3a4"))
     statistics = {v.path: np.array(v) for v in low.variables if "moving" in v.path}
-    started = float(divergence([outputs(model)], [outputs(low)]))
+    started = float(logit_error([outputs(model)], [outputs(low)]))
     rates = Rates(codes_4bit=2e-2, log_scales=1e-2)
     result = run(low, model, steps=25, rates=rates, blocks=["b2_add"])
-    assert float(divergence([outputs(model)], [outputs(low)])) < 0.7 * started
+    assert float(logit_error([outputs(model)], [outputs(low)])) < 0.7 * started
     bottlenecks, head = result.blocks
     assert bottlenecks.after < 0.8 * bottlenecks.before
     assert "error before" in str(result)
@@ -100,6 +100,12 @@ def test_the_same_seed_gives_the_same_model_and_a_killed_run_goes_on(tmp_path, m
     assert all(b.seconds == 0 for b in got.blocks)
     with pytest.raises(ValueError, match=r"another run: seed was 4 and is 6 now"):
         run(quantized(model), model, seed=6, folder=tmp_path, **TWO)
+    for name in ("block_000.npz", "run.json"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=rf"{name} is damaged .*Start afresh with an empty"):
+            run(quantized(model), model, seed=4, folder=tmp_path, **TWO)
+        (tmp_path / name).write_bytes(whole)
     shared = quantized(model, Scheme(4, 4, per_channel=False))
     message = r"another run: quantizers of \w+ was \[\['LSQ', .* and is .*Use another folder"
     with pytest.raises(ValueError, match=message):
@@ -151,7 +157,7 @@ def test_the_last_blocks_are_trained_as_one_for_the_logits(monkeypatch):
     assert (stem.name, head.name, head.products) == ("stem_relu", "head", 2)
     names, loss = trained[1]
     assert {"dw", "sum", "head"} <= set(names)
-    assert loss is divergence
+    assert loss is logit_error
 
 
 def test_streams_that_do_not_fit_give_nearly_the_same_model():

@@ -7,7 +7,7 @@ from keras import ops
 import tflite_export
 from keras_lowbit.transform.quantize_model import quantize_model
 from keras_lowbit.tuning import Rates, refine
-from keras_lowbit.tuning.block_model import BlockModel, divergence
+from keras_lowbit.tuning.block_model import BlockModel, logit_error
 from tests.tuning.nets import images, mobile, quantized, small
 
 X = images()
@@ -51,11 +51,11 @@ def test_logits_come_nearer_and_the_file_stays_exact():
             scale = layer.kernel_quantizer.scale
             scale.assign(1.15 * ops.convert_to_numpy(scale))
     wanted = outputs(model)
-    start = float(divergence([wanted], [outputs(low)]))
+    start = float(logit_error([wanted], [outputs(low)]))
     rates = Rates(codes_4bit=2e-3, codes_8bit=1e-2, biases=3e-3, log_scales=1e-2)
     found = refine(low, model, X, steps=40, batch_size=12, rates=rates)
     assert len(found.blocks) == 1
-    assert float(divergence([wanted], [outputs(low)])) < 0.9 * start
+    assert float(logit_error([wanted], [outputs(low)])) < 0.9 * start
     assert tflite_export.convert(low, verify=X[:4]).mismatches == 0
 
 

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_lowbit.quantizers import LSQ, PACT
-from keras_lowbit.tuning.block_model import Rates, divergence, squared_error
+from keras_lowbit.tuning.block_model import Rates, logit_error, squared_error
 from keras_lowbit.tuning.optimizer import RatedAdam
 from keras_lowbit.tuning.variables import ActivationScale, KernelInCodes, code_rate
 from tests.gradients import gradient
@@ -143,4 +143,4 @@ def test_losses_by_hand():
     a, b = ops.convert_to_tensor([[0.0, 0.0]]), ops.convert_to_tensor([[1.0, 3.0]])
     np.testing.assert_allclose(float(squared_error([4.0])([a], [b])), 1.25)
     b = ops.convert_to_tensor([[0.0, float(np.log(3))]])
-    np.testing.assert_allclose(float(divergence([a], [b])), np.log(2 / np.sqrt(3)), rtol=1e-5)
+    np.testing.assert_allclose(float(logit_error([a], [b])), np.log(2 / np.sqrt(3)), rtol=1e-5)

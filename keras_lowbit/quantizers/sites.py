@@ -1,14 +1,13 @@
-"""Where a model keeps its quantizers, and the check and the ramps that callbacks share."""
+"""Where a model keeps its quantizers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import keras
 
-from keras_lowbit.quantizers import Quantizer
+from keras_lowbit.quantizers.base import Quantizer
 
 
 @dataclass(frozen=True)
@@ -47,29 +46,3 @@ def quantizers_of(layer: keras.layers.Layer) -> list[tuple[str, Quantizer]]:
     # `dir`, not `vars`: on PyTorch Keras keeps sublayers outside of an object's `__dict__`.
     held = ((name, getattr(layer, name)) for name in dir(layer) if name.endswith("quantizer"))
     return [(name, one) for name, one in held if isinstance(one, Quantizer)]
-
-
-def check_switch(callback: keras.callbacks.Callback, what: str) -> None:
-    """`ValueError` if `callback.switch_epoch` lies past the end of the `fit` that begins.
-
-    Args:
-        callback: with its `params` set.
-        what: what begins at that epoch.
-    """
-    epochs = callback.params.get("epochs")
-    if epochs is not None and callback.switch_epoch >= epochs:
-        raise ValueError(
-            f"{type(callback).__name__}: {what} begins at epoch {callback.switch_epoch}, which "
-            f"never comes: fit runs epochs 0 to {epochs - 1}. Switch earlier or train longer"
-        )
-
-
-def cooled(first: float, last: float, epoch: int, epochs: int) -> float:
-    """A temperature along a half cosine, from `first` in epoch 0 to `last` in the last one."""
-    passed = epoch / (epochs - 1) if epochs > 1 else 1.0
-    return first + (last - first) * half_cosine(passed)
-
-
-def half_cosine(share: float) -> float:
-    """A ramp without corners: 0 at the share 0 of a schedule and before, 1 at 1 and after."""
-    return 0.5 * (1.0 - math.cos(math.pi * min(max(share, 0.0), 1.0)))

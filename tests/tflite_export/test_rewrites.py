@@ -1,0 +1,169 @@
+"""What a refusal says to write instead: that it says so, and that this exports exactly."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_lowbit import calibrate, quantize_model
+from keras_lowbit.kinds import REWRITES, known_layers
+from tflite_export import check, convert
+
+pytestmark = pytest.mark.runtime
+
+K = keras.layers
+STEPS, IMAGE = (8, 3), (8, 6, 3)
+
+
+def both(layer):
+    """A layer of two tensors, as one of a single tensor."""
+    return lambda x: layer([x, K.ReLU()(x)])
+
+
+def image_of_steps(x):
+    return K.Reshape((STEPS[0], 1, STEPS[1]))(x)
+
+
+def subtracted(tensors):
+    first, second = tensors
+    return K.Add()([first, K.Rescaling(-1.0)(second)])
+
+
+# Name: shape of images, the layer, what to write for it; layers of one function share weights.
+SAME = {
+    "Conv1D": (STEPS, K.Conv1D(4, 3), lambda x: K.Conv2D(4, (3, 1))(image_of_steps(x))),
+    "DepthwiseConv1D": (
+        STEPS,
+        K.DepthwiseConv1D(3, padding="same"),
+        lambda x: K.DepthwiseConv2D((3, 1), padding="same")(image_of_steps(x)),
+    ),
+    "SeparableConv1D": (
+        STEPS,
+        K.SeparableConv1D(4, 3),
+        lambda x: K.SeparableConv2D(4, (3, 1))(image_of_steps(x)),
+    ),
+    "MaxPooling1D": (STEPS, K.MaxPool1D(2), lambda x: K.MaxPool2D((2, 1))(image_of_steps(x))),
+    "AveragePooling1D": (
+        STEPS,
+        K.AveragePooling1D(2),
+        lambda x: K.AveragePooling2D((2, 1))(image_of_steps(x)),
+    ),
+    "GlobalMaxPooling1D": (
+        STEPS,
+        K.GlobalMaxPooling1D(),
+        lambda x: K.GlobalMaxPooling2D()(image_of_steps(x)),
+    ),
+    "GlobalAveragePooling1D": (
+        STEPS,
+        K.GlobalAveragePooling1D(),
+        lambda x: K.GlobalAveragePooling2D()(image_of_steps(x)),
+    ),
+    "UpSampling1D": (STEPS, K.UpSampling1D(3), lambda x: K.UpSampling2D((3, 1))(image_of_steps(x))),
+    "ZeroPadding1D": (
+        STEPS,
+        K.ZeroPadding1D((1, 2)),
+        lambda x: K.ZeroPadding2D(((1, 2), (0, 0)))(image_of_steps(x)),
+    ),
+    "SpatialDropout1D": (STEPS, K.SpatialDropout1D(0.5), K.Dropout(0.5)),
+    "Average": (IMAGE, both(K.Average()), lambda x: K.Rescaling(1 / 2)(both(K.Add())(x))),
+    "Subtract": (IMAGE, both(K.Subtract()), both(subtracted)),
+}
+# Others are of another function, to be trained anew.
+NEAR = {
+    "Conv2DTranspose": (
+        IMAGE,
+        K.Conv2DTranspose(4, 3, 2),
+        lambda x: K.Conv2D(4, 3)(K.UpSampling2D(2)(x)),
+    ),
+    "LayerNormalization": (IMAGE, K.LayerNormalization(), K.BatchNormalization()),
+    "GroupNormalization": (IMAGE, K.GroupNormalization(1), K.BatchNormalization()),
+    "RMSNormalization": (IMAGE, K.RMSNormalization(), K.BatchNormalization()),
+    "ELU": (IMAGE, K.ELU(), K.LeakyReLU(0.1)),
+    "PReLU": (IMAGE, K.PReLU(), K.LeakyReLU(0.1)),
+}
+CASES = {**SAME, **NEAR}
+
+
+def model_of(shape, layer):
+    """Calls of a layer may stand for it; a new one of the same kind goes into each model."""
+    if isinstance(layer, K.Layer):
+        layer = type(layer).from_config(layer.get_config())
+    inputs = keras.Input(shape)
+    x = K.Dense(3)(inputs) if shape is STEPS else K.Conv2D(3, 3)(inputs)
+    return keras.Model(inputs, K.Dense(2)(K.Flatten()(layer(x))))
+
+
+def data(shape):
+    return np.random.default_rng(0).normal(size=(6, *shape)).astype("float32")
+
+
+def test_every_rewrite_has_its_proof():
+    assert {*CASES} == {*REWRITES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_without_an_integer_form_says_what_to_write(name):
+    shape, layer, _ = CASES[name]
+    (sentence,) = check(model_of(shape, layer))
+    assert f"({name}) has no integer form. Write {REWRITES[name]} instead" in sentence
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4"])
+@pytest.mark.parametrize("name", CASES)
+def test_what_to_write_exports_exactly(name, scheme):
+    shape, _, rewrite = CASES[name]
+    model = calibrate(quantize_model(model_of(shape, rewrite), scheme), data(shape))
+    assert convert(model, verify=2 * data(shape)).mismatches == 0
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_to_write_computes_the_same(name):
+    shape, layer, rewrite = SAME[name]
+    old, new = model_of(shape, layer), model_of(shape, rewrite)
+    new.set_weights(
+        [w.reshape(v.shape) for w, v in zip(old.get_weights(), new.weights, strict=True)]
+    )
+    # Float32 noise of sums in another order.
+    np.testing.assert_allclose(
+        new.predict(data(shape), verbose=0),
+        old.predict(data(shape), verbose=0),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_a_layer_without_a_rewrite_says_which_layers_export():
+    inputs = keras.Input(IMAGE)
+    x = K.Lambda(keras.ops.sin, name="wave")(K.Conv2D(4, 3)(inputs))
+    (sentence,) = check(keras.Model(inputs, K.Dense(2)(K.Flatten()(x))))
+    assert "wave (Lambda) has no integer form. Leave it out, or end the exported model" in sentence
+    assert "AveragePooling2D" in sentence
+    assert "GlobalAveragePooling2D" in sentence
+    assert "dequantize" not in sentence.lower()
+    assert all(hasattr(K, name) for name in known_layers())
+
+
+@pytest.mark.parametrize("activation", [keras.ops.gelu, keras.activations.elu])
+def test_a_call_of_an_activation_without_a_form_says_which_have_one(activation):
+    inputs = keras.Input(IMAGE)
+    x = activation(K.Conv2D(4, 3)(inputs))
+    (sentence,) = check(keras.Model(inputs, K.Dense(2)(K.Flatten()(x))))
+    assert "has no integer form. Write relu (with a max_value or none)" in sentence
+
+
+def test_a_difference_of_two_tensors_is_one_however_it_is_written():
+    inputs = keras.Input(IMAGE)
+    x = K.Conv2D(4, 3)(inputs)
+    (sentence,) = check(keras.Model(inputs, K.Dense(2)(K.Flatten()(x - K.ReLU()(x)))))
+    assert "Write Rescaling(-1.0) of the second tensor and Add instead" in sentence
+
+
+def test_a_smaller_tensor_that_is_repeated_can_be_added():
+    """As the refusal says."""
+    inputs = keras.Input(IMAGE)
+    x = K.Conv2D(4, 3, padding="same")(inputs)
+    mean = K.GlobalAveragePooling2D(keepdims=True)(x)
+    (sentence,) = check(keras.Model(inputs, K.Dense(2)(K.Flatten()(K.Add()([x, mean])))))
+    assert "repeat the smaller one, such as (1, 1, channels) with UpSampling2D" in sentence
+    x = K.Add()([x, K.UpSampling2D(IMAGE[:2])(mean)])
+    model = quantize_model(keras.Model(inputs, K.Dense(2)(K.Flatten()(x))), "w8a8")
+    assert convert(calibrate(model, data(IMAGE)), verify=data(IMAGE)).mismatches == 0
