@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import functools
 import os
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from keras_lowbit.integer.values import NotExportable
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.progress import table
 from keras_lowbit.transform import quantize_model
+from keras_lowbit.whole_files import replacing
 from tflite_export import flatbuffer, runtime, targets
 from tflite_export.verify import Verification
 from tflite_export.verify import verify as compare
@@ -122,17 +121,8 @@ class ExportResult:
             raise ValueError(
                 f"{path} cannot be written: there is no folder {path.parent}. Make it first"
             )
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
+        with replacing(path) as temporary:
             temporary.write_bytes(self.content)
-            os.replace(temporary, path)
-        except OSError as error:
-            number = error.errno or errno.EIO
-            reason = f"{os.strerror(number)}; nothing was written and an older file is untouched"
-            raise OSError(number, reason, str(path)) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
         return path
 
     def __str__(self) -> str:

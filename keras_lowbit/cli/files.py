@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import keras
@@ -18,6 +15,7 @@ from keras_lowbit import data as datasets
 from keras_lowbit import packed, walk, zoo
 from keras_lowbit.integer.integer_op import IntegerOp
 from keras_lowbit.kinds import kind_of
+from keras_lowbit.whole_files import replacing
 from keras_lowbit.zoo.build import load_weights
 
 # What readers let through when a file is cut off, overwritten or of another kind.
@@ -187,26 +185,6 @@ def checked_output(path: str | Path, suffix: str, overwrite: bool) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` when the block ends well.
-
-    Raises:
-        OSError: the disk is full or refuses; names the file. An older file is untouched.
-    """
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        number = error.errno or errno.EIO
-        reason = f"{os.strerror(number)}; nothing was written"
-        raise OSError(number, reason, str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
 def save(model: keras.Model, path: Path) -> None:
     """`model.save` under a temporary name, then rename."""
     with replacing(Path(path)) as temporary:
@@ -216,7 +194,7 @@ def save(model: keras.Model, path: Path) -> None:
 def write_text(text: str, path: Path) -> None:
     """Text under a temporary name, then rename."""
     with replacing(Path(path)) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(content: dict, path: Path) -> None:
@@ -231,7 +209,7 @@ def read_json(path: Path) -> dict:
         ValueError: a damaged file.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:

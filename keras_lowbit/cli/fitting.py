@@ -89,8 +89,7 @@ def fit(
     else:
         callbacks = [ScaleGuard(), batches.follow_epochs(), *callbacks_of(methods, train, batches)]
         if train.bit_descent:
-            plan = {int(epoch): bits for epoch, bits in train.bit_descent.items()}
-            callbacks.append(BitDescent(plan, verbose=int(bool(verbose))))
+            callbacks.append(BitDescent(train.descent, verbose=int(bool(verbose))))
         if methods.snap_epoch >= 0:
             callbacks.append(SnapLevels(model, methods.snap_epoch))
         callbacks.append(HistoryFile(history))  # behind what adds to the logs

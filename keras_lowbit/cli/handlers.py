@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 import tflite_export
+from keras_lowbit import data as datasets
 from keras_lowbit import packed, zoo
 from keras_lowbit.analysis import summary
 from keras_lowbit.cli import files, measure, trainer
 from keras_lowbit.cli.allocator import keep_memory
 from keras_lowbit.cli.inspection import inspect as inspection
+from keras_lowbit.cli.pixels import Intake, range_of
 from keras_lowbit.cli.recipe import changed, read_recipe
 from keras_lowbit.progress import table
 from keras_lowbit.scheme import Scheme
@@ -57,7 +59,8 @@ def quantize(name: str, flags) -> int:
         model = files.build_float(name, flags.weights or "")
         dataset = files.load_data(flags.data, files.image_shape(model), name)
     images = np.asarray(dataset.x_train[: flags.images])
-    made = calibrate(quantize_model(model, scheme), images, method=flags.method)
+    made = quantize_model(model, scheme, input_range=range_of(dataset))
+    made = calibrate(made, images, method=flags.method)
     summary(made)
     if flags.packed:
         packed.save_packed(made, out)
@@ -72,12 +75,12 @@ def evaluate(name: str, flags) -> int:
     _required(flags, "data")
     path = Path(name)
     if path.suffix == ".tflite":
-        session, shape = _opened(path)
+        session, shape, intake = _opened(path)
         kind = ".tflite"
         dataset = files.load_data(flags.data, shape, name)
         x, y = _test_images(dataset, flags.images)
-        measure.check_classes(path, measure.file_classes(session), dataset)
-        answers = measure.file_answers(session, x, f"run {path.name}")
+        measure.check_classes(path, measure.file_classes(session), dataset, _is_folder(flags))
+        answers = measure.file_answers(session, x, f"run {path.name}", intake=intake)
     else:
         model = files.load_model(path)
         kind = files.kind(model)
@@ -85,7 +88,7 @@ def evaluate(name: str, flags) -> int:
             raise ValueError(f"{path} was never calibrated: keras-lowbit quantize, or calibrate")
         dataset = files.load_data(flags.data, files.image_shape(model), name)
         x, y = _test_images(dataset, flags.images)
-        measure.check_classes(path, model.output_shape[-1], dataset)
+        measure.check_classes(path, model.output_shape[-1], dataset, _is_folder(flags))
         answers = measure.keras_answers(model, x, what=f"run {path.name}")
     scored = measure.score(answers, y)
     row = (path, kind, f"{path.stat().st_size:,}", scored["right"], len(y), measure.shown(scored))
@@ -99,7 +102,7 @@ def export(name: str, flags) -> int:
     out = _tflite_output(flags)
     model = files.load_model(name)
     if files.kind(model) == "float":
-        raise ValueError(f"{name} is a float model: keras-lowbit quantize makes one to export")
+        raise _is_float(name)
     return _exported(model, name, out, flags)
 
 
@@ -147,22 +150,30 @@ def zoo_info(name: str, flags) -> int:
 
 def zoo_export(name: str, flags) -> int:
     """`keras-lowbit zoo export`."""
-    zoo.info(name)  # a wrong name is told before a missing flag
+    entry = zoo.info(name)  # a wrong name is told before a missing flag
     out = _tflite_output(flags)
+    if entry.scheme == "float":
+        raise _is_float(name)
     return _exported(zoo.load(name), name, out, flags)
+
+
+def _is_float(name):
+    return ValueError(f"{name} is a float model: keras-lowbit quantize makes one to export")
 
 
 def _tflite_output(flags):
     """Where `--out` says, checked before work starts."""
     _required(flags, "out")
+    if flags.data and not flags.verify_images:
+        raise ValueError(
+            "--data is to verify on, and --verify_images=0 leaves that out. Give one of the two"
+        )
     return files.checked_output(flags.out, ".tflite", flags.overwrite)
 
 
 def _exported(model, name, out, flags):
     """Convert, compare every code, and write the file if none is wrong; the exit code."""
-    data = None
-    if flags.data and flags.verify_images:
-        data = files.load_data(flags.data, files.image_shape(model), name)
+    data = files.load_data(flags.data, files.image_shape(model), name) if flags.data else None
     options = {"target": flags.target, "weights": flags.weights}
     options |= {"input_type": flags.input_type, "output_type": flags.output_type}
     result = tflite_export.convert(model, **options)
@@ -189,12 +200,16 @@ def _test_images(dataset, count):
     return (dataset.x_test if not count else dataset.x_test[:end]), dataset.y_test[:end]
 
 
+def _is_folder(flags):
+    return flags.data not in datasets.NAMES and Path(flags.data).expanduser().is_dir()
+
+
 def _opened(path):
-    """A `.tflite` ready to run, and the shape of its images."""
+    """A `.tflite` ready to run, the shape of its images, and what its input takes."""
     content = files.read_tflite(path)
     try:
         session = runtime.Session(content)
-        return session, measure.file_shape(session)
+        return session, measure.file_shape(session), Intake.of_file(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -204,10 +219,9 @@ def _verification_images(result, data, count):
     graph = result.graph
     if len(graph.inputs) != 1:
         return {name: _noise(graph, name, count) for name in graph.inputs}
-    tensor = graph.tensors[graph.inputs[0]]
     if data is None:
         return _noise(graph, graph.inputs[0], count)
-    return measure.as_input(np.asarray(data.x_train[:count]), tensor.dtype)
+    return Intake.of_graph(graph).fitted(np.asarray(data.x_train[:count]))
 
 
 def _noise(graph, name, count):

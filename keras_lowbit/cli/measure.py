@@ -8,6 +8,7 @@ import math
 import keras
 import numpy as np
 
+from keras_lowbit.cli.pixels import Intake
 from keras_lowbit.data.answers import top_class
 from keras_lowbit.progress import track
 from tflite_export import runtime
@@ -25,16 +26,16 @@ def keras_answers(model: keras.Model, x, batch_size: int = 250, what: str = "") 
     """Class with the largest output, for each image; images may be read on demand.
 
     Raises:
-        ValueError: one output only.
+        ValueError: one output only, or images of another range than the model's.
     """
     # Batches of one size, the last one filled up: TensorFlow traces each size anew.
     batches = max(1, math.ceil(len(x) / min(batch_size, _fitting(x))))
     batch_size = max(1, math.ceil(len(x) / batches))
-    dtype = keras.backend.standardize_dtype(model.inputs[0].dtype)
+    intake = Intake.of_model(model)
     answers = []
     with _without_xla(model):
         for part in _parts(x, 2 * batch_size, what or f"run {model.name}"):
-            part, count = _filled(as_input(part, dtype), batch_size), len(part)
+            part, count = _filled(intake.fitted(part), batch_size), len(part)
             outputs = model.predict(part, batch_size=batch_size, verbose=0)
             answers.append(top_class(outputs[:count]))
     return np.concatenate(answers)
@@ -53,12 +54,20 @@ def _without_xla(model):
         model.jit_compile = before
 
 
-def file_answers(session: runtime.Session, x, what: str = "run the file") -> np.ndarray:
+def file_answers(
+    session: runtime.Session, x, what: str = "run the file", *, intake: Intake | None = None
+) -> np.ndarray:
     """Class with the largest output of a `.tflite`, for each image, by running the file.
 
+    Args:
+        session: of the file.
+        x: images, which may be read on demand.
+        what: shown meanwhile.
+        intake: `Intake.of_file`; without it an integer input is one of pixels.
+
     Raises:
-        ValueError: several inputs or outputs, one output value only, images of another size, or
-            reals for a file that takes pixels.
+        ValueError: several inputs or outputs, one output value only, images of another size or
+            range.
     """
     if len(session.inputs) != 1 or len(session.outputs) != 1:
         raise ValueError(
@@ -70,9 +79,11 @@ def file_answers(session: runtime.Session, x, what: str = "run the file") -> np.
     if tuple(shape) != tuple(x.shape[1:]):
         given, wanted = ("x".join(map(str, s)) for s in (x.shape[1:], shape))
         raise ValueError(f"The images have {given} pixels; the file takes {wanted}")
+    if intake is None:
+        intake = Intake(dtype, None if dtype.kind == "f" else 1.0)
     answers = []
     for part in _parts(x, max(1, min(500, _fitting(x)) // batch) * batch, what):
-        part, count = _filled(as_input(part, dtype), batch), len(part)
+        part, count = _filled(intake.fitted(part), batch), len(part)
         outputs = session.run({name: part})
         answers.append(top_class(next(iter(outputs.values()))[:count]))
     return np.concatenate(answers)
@@ -88,11 +99,28 @@ def file_shape(session: runtime.Session) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def check_classes(what, outputs: int, dataset) -> None:
-    """`ValueError` if `what`, a model or its file, has fewer outputs than the data has classes."""
+def check_classes(what, outputs: int, dataset, by_name: bool = False) -> None:
+    """See that labels may be compared with what `what`, a model or its file, answers.
+
+    Args:
+        what: for the error.
+        outputs: of `what`.
+        dataset: with the labels.
+        by_name: whether those are the places of names among each other, as in a folder of images.
+
+    Raises:
+        ValueError: fewer outputs than classes; by name also more, as names behind one that is
+            missing have moved up.
+    """
     if outputs < dataset.num_classes:
         raise ValueError(
             f"{what} tells {outputs} classes apart; {dataset.name} has {dataset.num_classes}"
+        )
+    if by_name and outputs > dataset.num_classes:
+        raise ValueError(
+            f"{what} tells {outputs} classes apart; {dataset.name} has folders of "
+            f"{dataset.num_classes}, and labels are the places of their names. Give a folder of "
+            "all classes, or a .npz with the labels that the model was trained on"
         )
 
 
@@ -110,25 +138,8 @@ def _input_shape(session):
 
 def file_accuracy(content: bytes, x, y) -> float:
     """Share of right answers of a `.tflite`, by running the file."""
-    return float((file_answers(runtime.Session(content), x) == np.asarray(y)).mean())
-
-
-def as_input(images: np.ndarray, dtype) -> np.ndarray:
-    """Images in the type of a model's input; integer inputs take pixels (int8: pixel - 128).
-
-    Raises:
-        ValueError: reals that are no pixels, for an integer input.
-    """
-    dtype = np.dtype(dtype)
-    if dtype.kind == "f":
-        return images.astype(dtype)
-    pixels = images.astype("uint8") if images.min() >= 0 and images.max() <= 255 else None
-    if pixels is None or not np.array_equal(pixels, images):
-        raise ValueError(
-            f"The model takes {dtype}, so it needs pixels 0..255. The images hold "
-            f"{images.dtype} in {images.min():.4g}..{images.max():.4g}"
-        )
-    return pixels if dtype == np.uint8 else (pixels.astype("int16") - 128).astype(dtype)
+    answers = file_answers(runtime.Session(content), x, intake=Intake.of_file(content))
+    return float((answers == np.asarray(y)).mean())
 
 
 def score(answers: np.ndarray, y: np.ndarray) -> dict:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from keras_lowbit import quantizers
 from keras_lowbit.checks import did_you_mean
 from keras_lowbit.cli.methods import Methods, check_methods
 from keras_lowbit.integer.build import TYPES, WEIGHTS
@@ -166,6 +167,11 @@ class Train:
     xla: str = "auto"
     seed: int = 0
 
+    @property
+    def descent(self) -> dict[int, int]:
+        """`bit_descent` by number of the epoch."""
+        return {int(epoch): bits for epoch, bits in self.bit_descent.items()}
+
 
 @dataclass(frozen=True)
 class Export:
@@ -245,7 +251,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     try:
-        raw = tomllib.loads(path.read_text())
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -318,6 +324,13 @@ def checked(recipe: Recipe, path: str) -> Recipe:
         scheme = recipe.scheme
     except ValueError as error:
         raise ValueError(f"{path} [quantize]: {error}") from error
+    for key in ("kernel", "activation") if scheme else ():
+        named = getattr(scheme, key)
+        if named.lower() not in quantizers.names():
+            raise ValueError(
+                f"{path} [quantize]: {key} is no quantizer. Got {named!r}."
+                f"{_near(named, quantizers.names())}"
+            )
     at_least = {
         "data": {"holdout": 0, "seed": 0, "size": 0},
         "pretrain": _LEAST,

@@ -17,8 +17,10 @@ import numpy as np
 import tflite_export
 from keras_lowbit import __version__
 from keras_lowbit import data as datasets
-from keras_lowbit.cli import files, measure
+from keras_lowbit.cli import files, measure, preflight
 from keras_lowbit.cli.fitting import fit, read_history
+from keras_lowbit.cli.pixels import Intake, range_of
+from keras_lowbit.cli.preflight import of_section
 from keras_lowbit.cli.recipe import Recipe, changed
 from keras_lowbit.progress import table
 from keras_lowbit.transform import (
@@ -88,17 +90,22 @@ def run_recipe(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; results need a folder")
     keras.utils.set_random_seed(recipe.train.seed)
-    dataset = datasets.load(
-        recipe.data.name, size=recipe.data.size or None, channels=recipe.data.channels
-    )
-    chosen = dataset
-    if recipe.data.holdout:
-        chosen = datasets.holdout(dataset, recipe.data.holdout, recipe.data.seed)
-    model = float_model(recipe, dataset)
+    with of_section(recipe, "data"):
+        dataset = datasets.load(
+            recipe.data.name, size=recipe.data.size or None, channels=recipe.data.channels
+        )
+        chosen = dataset
+        if recipe.data.holdout:
+            chosen = datasets.holdout(dataset, recipe.data.holdout, recipe.data.seed)
+    with of_section(recipe, "model"):
+        model = float_model(recipe, dataset)
     named = recipe.train.teacher
-    teacher = files.build_teacher(named, model) if named else None
-    out.mkdir(parents=True, exist_ok=True)
+    with of_section(recipe, "train"):
+        teacher = files.build_teacher(named, model) if named else None
     stages = Stages(out, job)
+    if "model" not in stages.found["done"]:
+        preflight.check(recipe, chosen, model)
+    out.mkdir(parents=True, exist_ok=True)
     return _Run(recipe, out, stages, chosen, resume, verbose, teacher).finish(
         model, chosen if tune else dataset
     )
@@ -155,8 +162,6 @@ class _Run:
     def finish(self, model, judged) -> dict:
         """All stages in order; the metrics."""
         say = print if self.verbose else lambda *_: None
-        if self.recipe.scheme is not None and "model" not in self.stages.found["done"]:
-            self._check(model)
         model = self._trained("float", model, self.recipe.pretrain, None)
         trained = {"float": model}
         results = {}
@@ -174,24 +179,6 @@ class _Run:
         files.write_json(metrics, self.out / "metrics.json")
         say(report(metrics, self.out))
         return metrics
-
-    def _check(self, model):
-        """Refuse what cannot be quantized or exported before anything is trained."""
-        if self.recipe.model.fold:
-            model = fold_batchnorm(model)
-        scheme, export = self.recipe.scheme, self.recipe.export
-        made = quantize_model(model, scheme)
-        if scheme.kernel == "levels":  # reals until they are snapped, behind training
-            made = quantize_model(
-                model, dataclasses.replace(scheme, kernel="lsq", kernel_options={})
-            )
-        objections = tflite_export.check(made, export.target) if export.weights else []
-        if objections:
-            listed = "\n  ".join(objections)
-            raise ValueError(
-                f"{self.recipe.name}: no file can hold this model; [export] weights = [] trains "
-                f"and measures it without:\n  {listed}"
-            )
 
     def _trained(self, name, model, train, original):
         """The model after a `fit`, from its file where that is finished.
@@ -298,8 +285,7 @@ class _Run:
             result = self._converted(model, weights)
             if export.verify_images:
                 images = np.asarray(self.chosen.x_train[: export.verify_images])
-                tensor = result.graph.tensors[result.graph.inputs[0]]
-                result = result.verified(measure.as_input(images, tensor.dtype))
+                result = result.verified(Intake.of_graph(result.graph).fitted(images))
             with files.replacing(path) as temporary:
                 temporary.write_bytes(result.content)
             return {
@@ -343,8 +329,9 @@ class _Run:
             path = self.out / f"model_{weights}.tflite"
 
             def of_file(weights=weights, path=path):
-                session = runtime.Session(path.read_bytes())
-                said = measure.file_answers(session, x, f"run {path.name}")
+                content = path.read_bytes()
+                session, intake = runtime.Session(content), Intake.of_file(content)
+                said = measure.file_answers(session, x, f"run {path.name}", intake=intake)
                 if "quantized" not in answers:
                     answers["quantized"] = measure.keras_answers(models["quantized"], x)
                 if "float" not in answers:
@@ -414,7 +401,7 @@ def calibration_images(recipe, dataset):
 def quantized(model, recipe, dataset):
     """The quantized, calibrated model of a recipe."""
     images = calibration_images(recipe, dataset)
-    made = quantize_model(model, recipe.scheme)
+    made = quantize_model(model, recipe.scheme, input_range=range_of(dataset))
     return calibrate(made, images, method=recipe.quantize.method)
 
 

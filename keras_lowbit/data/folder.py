@@ -1,6 +1,6 @@
 """Folders of images by class, read with Pillow.
 
-root/train/cat/1.jpg   root/test/cat/2.jpg      two parts (`val` or `validation` will do)
+root/train/cat/1.jpg   root/test/cat/2.jpg      two parts (`TRAIN_NAMES`, `TEST_NAMES`; any case)
 root/cat/1.jpg         root/dog/2.jpg           one part, split by a seed
 """
 
@@ -17,7 +17,8 @@ from keras_lowbit import progress
 from keras_lowbit.data.dataset import Dataset, stratified
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-TEST_NAMES = ("test", "val", "validation")
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first one there is
 MEMORY_LIMIT = 1 << 30  # bytes of pixels; above it images are read when they are used
 
 
@@ -44,8 +45,8 @@ def read_folder(
         uint8 images and their labels; classes are the folder names in sorted order.
 
     Raises:
-        ValueError: no images, an unreadable image, sizes that differ, a class that only the
-            test part has. The message names the file or folder.
+        ValueError: no images, an unreadable image, sizes that differ, a class that only one part
+            has, parts that cannot be told from classes. The message names the file or folder.
     """
     path = Path(path)
     size = _checked_size(size)
@@ -53,13 +54,13 @@ def read_folder(
         raise ValueError(f"{path}: channels must be 1 (grey) or 3 (RGB). Got {channels}")
     train_root, test_root = _parts(path)
     classes = tuple(folder.name for folder in _subfolders(train_root))
-    files, labels = _listed(train_root, classes)
+    files, labels = _listed(train_root, classes, train_root)
     if test_root is None:
         count = max(1, round(test_fraction * len(files)))
         kept, held = stratified(labels, count, seed, str(path))
         parts = [([files[i] for i in part], labels[part]) for part in (kept, held)]
     else:
-        parts = [(files, labels), _listed(test_root, classes)]
+        parts = [(files, labels), _listed(test_root, classes, train_root)]
     size = _common_size([file for part, _ in parts for file in part], size)
     (x_train, y_train), (x_test, y_test) = (
         (_read(part, size, channels, memory_limit), y) for part, y in parts
@@ -113,6 +114,9 @@ def read_image(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
     try:
         with pillow.open(file) as image:
             image = _upright(image)
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+                grey = np.clip(np.rint(np.asarray(image) / 257), 0, 255)
+                image = pillow.fromarray(grey.astype("uint8"))
             if "transparency" in image.info:  # else Pillow warns when it drops the palette's alpha
                 image = image.convert("RGBA")
             image = image.convert("RGB" if channels == 3 else "L")
@@ -163,21 +167,46 @@ def _subfolders(path: Path) -> list[Path]:
 
 def _parts(path: Path) -> tuple[Path, Path | None]:
     """The training folder and the test folder, or the only folder and None."""
-    names = [folder.name for folder in _subfolders(path)]
+    folders = _subfolders(path)
+    if not folders:
+        raise ValueError(
+            f"{path} has no folders in it. Expected one folder of images for each class, "
+            "or train/ and test/ with such folders"
+        )
     # A class may be called "train"; a part of that name has folders of its own.
-    if "train" not in names or not _subfolders(path / "train"):
-        if not names:
-            raise ValueError(
-                f"{path} has no folders in it. Expected one folder of images for each class, "
-                "or train/ and test/ with such folders"
-            )
-        return path, None
-    test = next((name for name in TEST_NAMES if name in names), None)
-    return path / "train", path / test if test else None
+    nested = [folder for folder in folders if _subfolders(folder)]
+    train = [folder for folder in nested if folder.name.lower() in TRAIN_NAMES]
+    tests = [folder for folder in folders if folder.name.lower() in TEST_NAMES]
+    tests.sort(key=lambda folder: TEST_NAMES.index(folder.name.lower()))
+    same = [folder for folder in tests if folder.name.lower() == tests[0].name.lower()]
+    stray = [folder for folder in nested if folder in tests] if not train else []
+    if len(train) > 1 or (train and len(same) > 1) or stray:
+        listed = ", ".join(folder.name for folder in (*train, *(stray or same)))
+        raise ValueError(
+            f"{path}: there are folders of classes in {listed}. Expected one train/ and one test/ "
+            "with such folders, or the classes alone"
+        )
+    if train:
+        return train[0], tests[0] if tests else None
+    if len(nested) == len(folders) and not any(map(_has_images, folders)):
+        listed = ", ".join(folder.name for folder in folders[:5])
+        raise ValueError(
+            f"{path}: {listed} hold folders, no images. If they are parts, name them train/ and "
+            "test/; classes need an image beside their folders"
+        )
+    return path, None
 
 
-def _listed(root: Path, classes: tuple[str, ...]) -> tuple[list[Path], np.ndarray]:
-    """Image files below `root` and their labels."""
+def _has_images(folder: Path) -> bool:
+    return any(_is_image(file) for file in folder.iterdir())
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+
+
+def _listed(root: Path, classes: tuple[str, ...], trained: Path) -> tuple[list[Path], np.ndarray]:
+    """Image files below `root` and their labels; classes are those of the folder `trained`."""
     unknown = [folder.name for folder in _subfolders(root) if folder.name not in classes]
     if unknown:
         raise ValueError(
@@ -187,11 +216,12 @@ def _listed(root: Path, classes: tuple[str, ...]) -> tuple[list[Path], np.ndarra
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(
-            file
-            for file in (root / name).rglob("*")
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-        )
+        if not (root / name).is_dir():
+            raise ValueError(
+                f"{root} lacks the class {name}, which the training part has. Add a folder of its "
+                f"images, or remove {trained / name}"
+            )
+        found = sorted(file for file in (root / name).rglob("*") if _is_image(file))
         if not found:
             raise ValueError(
                 f"{root / name} has no images in it. Looked for {', '.join(SUFFIXES)}; "
@@ -212,7 +242,8 @@ def _common_size(files: list[Path], size: tuple[int, int] | None) -> tuple[int, 
         if found != common:
             raise ValueError(
                 f"{file} has {found[0]}x{found[1]} pixels (height x width), {files[0]} has "
-                f"{common[0]}x{common[1]}. Pass size=(height, width) to scale and crop them"
+                f"{common[0]}x{common[1]}. Pass size=(height, width), or in a "
+                "recipe [data] size, to scale and crop them"
             )
     return common
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 
 import keras
@@ -117,11 +118,11 @@ def _iterator(images, steps):
         # Their `__getitem__` need not raise at the end, so iterating might never stop.
         # Amid a pass of `fit` an `AugmentedBatches` counts what is asked for: not here.
         read = getattr(images, "batch_at", images.__getitem__)
-        chosen = range(len(images))[:steps]
+        chosen = range(_finite(images.num_batches, steps))[:steps]
         return map(read, chosen), len(chosen)
     cardinality = getattr(images, "cardinality", None)
-    if steps is None and cardinality is not None and int(cardinality()) == INFINITE:
-        raise ValueError("The data set has no end: say how many batches to read by steps=")
+    if cardinality is not None and int(cardinality()) == INFINITE:
+        _finite(None, steps)
     if isinstance(images, (list, tuple)):
         return images[:steps], None
     readable = hasattr(images, "__iter__") or hasattr(images, "__getitem__")
@@ -134,7 +135,16 @@ def _iterator(images, steps):
         known = len(images)
     except TypeError:  # no length, or no end
         return itertools.islice(images, steps), steps
+    # The greatest length is grain's for what repeats without end.
+    known = _finite(None if known >= sys.maxsize else known, steps)
     return itertools.islice(images, steps), known if steps is None else min(known, steps)
+
+
+def _finite(known, steps):
+    """`known` batches, or of a data set without end, `None`, as many as asked for."""
+    if known is None and steps is None:
+        raise ValueError("The data set has no end: say how many batches to read by steps=")
+    return steps if known is None else known
 
 
 def _cut(arrays, batch_size):

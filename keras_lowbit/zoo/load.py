@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import keras
@@ -40,10 +41,12 @@ def load(
 
     Raises:
         ValueError: an unknown name (the nearest are listed), a damaged file, a shape or a number
-            of classes that does not fit, `classes` without a top.
+            of classes that does not fit, `classes` without a top, a cache that is no path.
         OSError: a download failed.
     """
     entry = registry.info(name)
+    if not isinstance(cache, (str, os.PathLike, type(None))):
+        raise ValueError(f"zoo.load: cache must be the path of a folder. Got {cache!r}")
     if classes is not None and not include_top:
         raise ValueError("zoo.load: classes needs include_top=True. Give one of the two")
     model = files.read(files.find(entry, url=url, cache=cache), entry.scheme)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import keras
 import numpy as np
@@ -17,6 +18,7 @@ from tflite_export import runtime, targets
 
 pytestmark = pytest.mark.runtime
 RELEASED = "resnet8_cifar10_w4a4"
+FLOAT = "resnet20_cifar100"
 
 
 def test_quantize_writes_a_calibrated_model_that_exports(run, made, tmp_path):
@@ -231,11 +233,19 @@ BAD = [
         ["export", "{made}/w4a4.keras", "--out={tmp}/x.tflite", "--data={tmp}/big.npz"],
         "images of 9x9x1 pixels",
     ),
+    (
+        ["export", "{made}/w4a4.keras", "--out={tmp}/x.tflite", "--verify_images=0", "--data=no"],
+        "--data is to verify on, and --verify_images=0 leaves that out. Give one of the two",
+    ),
     (["check", "{made}/w4a4.tflite"], "expected a .keras file"),
     (["zoo", "info", "resnet8_cifar10_w4a3"], "w4a3'. Did you mean 'resnet8_cifar10_w"),
     (["zoo", "export", "resnet8_cifar"], "No released model 'resnet8_cifar'"),
     (["zoo", "export", RELEASED], "--out must be given"),
     (["zoo", "export", RELEASED, "--out={tmp}/there.tflite"], "exists already"),
+    (
+        ["zoo", "export", FLOAT, "--out={tmp}/x.tflite"],
+        f"{FLOAT} is a float model: keras-lowbit quantize makes one to export",
+    ),
     (["zoo", "list", "vgg*"], "no released model matches 'vgg*'; known: "),
     (["zoo", "list", "a", "b"], "takes one [PATTERN]. Got a b"),
     (["zoo", "lst"], "unknown command 'zoo lst'. Did you mean 'zoo list'?"),
@@ -337,3 +347,21 @@ def test_evaluate_refuses_data_of_more_classes(run, made, tmp_path):
         outcome = run("evaluate", made / name, "--data", tmp_path / "more.npz")
         assert outcome.code == 2
         assert "tells 10 classes apart; more.npz has 11" in outcome.error
+
+
+def test_labels_of_a_folder_are_those_of_all_classes_or_none(run, made, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    digits = np.load(made / "digits.npz")
+    for digit in range(10):
+        for i, x in enumerate(digits["x_test"][digits["y_test"] == digit][:5]):
+            path = tmp_path / "images" / str(digit) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.fromarray(x[..., 0]).save(path)
+    for name in ("w4a4.keras", "w4a4.tflite"):
+        assert run("evaluate", made / name, "--data", tmp_path / "images").code == 0
+    shutil.rmtree(tmp_path / "images" / "3")
+    for name in ("w4a4.keras", "w4a4.tflite"):
+        outcome = run("evaluate", made / name, "--data", tmp_path / "images")
+        assert outcome.code == 2
+        assert "tells 10 classes apart; images has folders of 9" in outcome.error
+        assert "labels are the places of their names" in outcome.error

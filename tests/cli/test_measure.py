@@ -17,21 +17,6 @@ def test_wilson_interval_by_hand():
     assert measure.wilson(10, 10, z=2.0) == pytest.approx([1 / 1.4, 1.0])
 
 
-@pytest.mark.once
-def test_integer_inputs_take_pixels_whatever_type_they_come_in():
-    pixels = np.array([0.0, 1.0, 200.0, 255.0], "float32")
-    np.testing.assert_array_equal(measure.as_input(pixels, "uint8"), [0, 1, 200, 255])
-    np.testing.assert_array_equal(measure.as_input(pixels, "int8"), [-128, -127, 72, 127])
-    assert measure.as_input(pixels, "int8").dtype == np.int8
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("values", [[0.5, 1.0], [-1.0, 1.0], [0.0, 256.0]])
-def test_reals_are_refused_where_pixels_are_taken(values):
-    with pytest.raises(ValueError, match=r"pixels 0\.\.255. The images hold float32"):
-        measure.as_input(np.array(values, "float32"), "uint8")
-
-
 def test_answers_of_a_keras_model_are_those_of_one_predict(backend):
     model = keras.Sequential([keras.Input((2, 2, 1)), keras.layers.Flatten()])
     x = np.random.default_rng(0).integers(0, 256, (23, 2, 2, 1)).astype("uint8")

@@ -1,3 +1,4 @@
+import io
 import types
 
 import keras
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 
 from keras_lowbit import quantizers
-from keras_lowbit.cli import trainer
+from keras_lowbit.cli import files, trainer
 from keras_lowbit.cli.recipe import changed, read_recipe, without_folders
 
 pytestmark = pytest.mark.once
@@ -83,6 +84,11 @@ def test_whole_numbers_are_taken_for_reals(tmp_path):
         ("[quantize]\nscheme = 'w4b4'", "[quantize]: Unknown scheme 'w4b4'"),
         ("[quantize]\nscheme = 'w9a9'", "must be from 1 to 8. Got 9"),
         ("[quantize]\nexceptions = {stem = 'four'}", "Unknown scheme 'four'"),
+        (
+            "[quantize]\nkernel = 'lsqq'",
+            "[quantize]: kernel is no quantizer. Got 'lsqq'. Did you mean 'lsq'?",
+        ),
+        ("[quantize]\nactivation = ''", "[quantize]: activation is no quantizer. Got ''. Known"),
         ("[quantize]\nmethod = 'best'", "method must be one of"),
         ("[quantize]\nscheme = ''\n[train]\nepochs = 1\nbit_descent = {0 = 8}", "needs a [quan"),
         ("[export]\nweights = ['int5']", "weights must list some of"),
@@ -95,6 +101,17 @@ def test_a_slip_in_a_recipe_is_one_error_with_its_place(tmp_path, text, why):
     with pytest.raises(ValueError, match=r"r\.toml") as caught:
         read(tmp_path, text)
     assert why in str(caught.value)
+
+
+def test_recipes_are_utf_8_whatever_the_locale(tmp_path, monkeypatch):
+    path = tmp_path / "r.toml"
+    path.write_bytes('[data]\nname = "Blümchen"'.encode())
+    monkeypatch.setattr(io, "text_encoding", lambda given, level=2: given or "ascii")
+    assert read_recipe(path).data.name == "Blümchen"
+    files.write_text("Blümchen", tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_bytes() == "Blümchen".encode()
+    (tmp_path / "a.json").write_bytes('{"name": "Blümchen"}'.encode())
+    assert files.read_json(tmp_path / "a.json") == {"name": "Blümchen"}
 
 
 def test_a_recipe_that_is_not_there_is_an_error(tmp_path):

@@ -405,14 +405,42 @@ def test_a_float_recipe_makes_a_float_model(run, recipe, tmp_path):
         ({"model": {"weights": "no.h5"}}, "no.h5: no such file of weights"),
         ({"data": {"name": "digit"}}, "Did you mean 'digits'?"),
         ({"data": {"holdout": 2000}}, "must hold 1..1436"),
-        ({"train": {"batch_size": 4000}}, "make no batch of 4000"),
+        ({"train": {"batch_size": 4000}}, "tiny [train]: batch_size must be at most 1337"),
+        (
+            {"pretrain": {"epochs": 1, "batch_size": 4000}},
+            "tiny [pretrain]: batch_size must be at most 1337, the number of training images",
+        ),
+        ({"quantize": {"kernel_options": {"foo": 1}}}, "tiny [quantize]: "),
+        ({"quantize": {"exceptions": {"nosuch*": "w8a8"}}}, "tiny [quantize]: Scheme patterns"),
+        (
+            {"quantize": {"scheme": "w8a8"}, "train": {"bit_descent": {"1": 3}}},
+            "tiny [train]: BitDescent: tiny_quantized has no quantizer",
+        ),
+        (
+            {"train": {"bit_descent": {"0": 8, "1": 2}}},
+            "tiny [train]: BitDescent: the plan goes down to 2 bits",
+        ),
     ],
 )
 def test_a_run_that_cannot_work_ends_before_training(run, recipe, tmp_path, sections, why):
     outcome = run("train", recipe(**sections), "--out", tmp_path / "out")
     assert outcome.code == 2
-    assert why in outcome.err
-    assert not (tmp_path / "out" / "model.keras").exists()
+    assert why in outcome.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_mixed_sizes_asks_for_the_size_of_the_recipe(run, recipe, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for side in (8, 9):
+        folder = tmp_path / "images" / f"{side} wide"
+        folder.mkdir(parents=True)
+        for i in range(5):
+            image.new("L", (side, 8)).save(folder / f"{i}.png")
+    path = recipe()
+    outcome = run("train", path, "--data", tmp_path / "images", "--out", tmp_path / "out")
+    assert (outcome.code, (tmp_path / "out").exists()) == (2, False)
+    assert outcome.error.startswith("tiny [data]: ")
+    assert "in a recipe [data] size" in outcome.error
 
 
 def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_later(run, recipe, tmp_path, small_disk):
@@ -451,7 +479,7 @@ def test_history_has_one_row_an_epoch_and_numbers_that_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("quantize", "why"),
     [
-        ({"kernel": "lsqx"}, "Unknown quantizer 'lsqx'"),
+        ({"kernel": "affine"}, "tiny [quantize]: "),
         ({"exceptions": {"nosuch*": "w8a8"}}, "nosuch"),
         ({"exceptions": {"mix": "float"}}, "mix stayed float"),
     ],
@@ -464,6 +492,7 @@ def test_what_cannot_be_quantized_or_exported_is_refused_before_the_float_model_
     outcome = run("train", path, "--out", tmp_path / "out")
     assert outcome.code == 2
     assert why in outcome.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_no_file_can_hold_trains_without_files(run, recipe, tmp_path):

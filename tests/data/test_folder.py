@@ -1,4 +1,5 @@
 import re
+import shutil
 import sys
 import types
 
@@ -42,6 +43,43 @@ def test_train_and_val_folders_become_the_two_parts(two_parts):
     assert data.x_train[4, 2, 3].tolist() == [101, 0, 154]
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("Train", "Test"), ("training", "validation"), ("train", "Test"), ("TRAIN", "Valid")],
+)
+def test_parts_have_their_usual_names_in_any_case(tmp_path, train, test):
+    for part, count in ((train, 3), (test, 2)):
+        for c, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                paint(tmp_path / part / name / f"{i}.png", 100 * c + i)
+    data = load(tmp_path)
+    assert (data.classes, len(data.x_train), len(data.x_test)) == (("cat", "dog"), 6, 4)
+
+
+@pytest.mark.parametrize("parts", [("test",), ("Val", "cat"), ("train", "Train", "test")])
+def test_parts_that_do_not_fit_together_are_no_classes(tmp_path, parts):
+    for part in parts:
+        paint(tmp_path / part / "dog" / "0.png", 0)
+    with pytest.raises(ValueError, match=r"folders of classes in .*one train/ and one test/"):
+        load(tmp_path)
+
+
+def test_folders_of_folders_alone_are_no_classes(tmp_path):
+    for part in ("first", "second"):
+        for i in range(5):
+            paint(tmp_path / part / "dog" / f"{i}.png", 0)
+    with pytest.raises(ValueError, match=r"first, second .* folders, no images.* name them train/"):
+        load(tmp_path)
+    paint(tmp_path / "second" / "6.png", 0)  # folders beside images are of one class
+    assert load(tmp_path).classes == ("first", "second")
+
+
+def test_a_class_without_a_folder_in_the_test_part_is_named(two_parts):
+    shutil.rmtree(two_parts / "val" / "dog")
+    with pytest.raises(ValueError, match=r"val lacks the class dog, .* remove .*train.dog"):
+        load(two_parts)
+
+
 def test_a_folder_of_classes_is_split_by_a_seed(tmp_path):
     for c, name in enumerate(("a", "train")):  # a class may be called train
         for i in range(10):
@@ -82,6 +120,16 @@ def test_grey_and_transparent_images_become_rgb(tmp_path):
     data = load(tmp_path)
     seen = {tuple(image[0, 0].tolist()) for image in (data.x_train[0], data.x_test[0])}
     assert seen == {(7, 7, 7), (9, 8, 7)}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_of_grey_are_scaled_to_8(tmp_path, channels):
+    # 257 = 65535 / 255: each of 256 values has its own, and what lies between goes to the nearest.
+    wide = np.array([[0, 257, 128, 129, 65535, 200 * 257]], "uint16")
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    found = read_image(tmp_path / "a.png", (1, 6), channels)
+    for channel in range(channels):
+        np.testing.assert_array_equal(found[..., channel], [[0, 1, 0, 1, 255, 200]])
 
 
 def test_an_unreadable_image_is_named(two_parts):

@@ -340,9 +340,10 @@ def test_as_many_classes_of_ones_own_get_a_fresh_head_too(release, shelf):
         ({"classes": 3.7}, "classes must be a whole number"),
         ({"input_shape": 48}, "input_shape is height, width and channels in pixels. Got 48"),
         ({"input_shape": (48.5, 48, 3)}, "each of its numbers must be a whole number"),
+        ({"cache": 3}, "cache must be the path of a folder. Got 3"),
     ],
 )
-def test_shapes_and_classes_that_are_no_whole_numbers_are_refused(release, shelf, options, message):
+def test_shapes_classes_and_caches_of_another_type_are_refused(release, shelf, options, message):
     _, content, _ = release
     (shelf / "tiny_w4a4.keras").write_bytes(content)
     with pytest.raises(ValueError, match=message):
