@@ -69,10 +69,12 @@ class BatchNormReestimation(keras.callbacks.Callback):
             batch_size, who="BatchNormReestimation: batch_size", least=1
         )
         self._due_at_start = self._due_at_end = False
+        self._stepped = False
         self._fresh: int | None = None
 
     def on_train_begin(self, logs=None):
         """Refuse a model whose batch norms cannot be found, before any step."""
+        self._stepped = False
         if not graphs_of(self.model):
             raise ValueError(
                 f"BatchNormReestimation: {self.model.name} has no graph to read, nor a quantized "
@@ -91,7 +93,7 @@ class BatchNormReestimation(keras.callbacks.Callback):
         # Here and not in `on_epoch_begin`, where `after` may not have had its turn yet.
         if self._due_at_start and self.after.changed_in == self._epoch:
             self._reestimate()
-        self._due_at_start = False
+        self._due_at_start, self._stepped = False, True
 
     def on_test_begin(self, logs=None):
         """Before validation."""
@@ -108,7 +110,8 @@ class BatchNormReestimation(keras.callbacks.Callback):
 
         Training stopped early, averages (`use_ema`) or an earlier epoch have replaced the weights.
         """
-        if self.at_end and self._fresh != checksum(self.model.get_weights()):
+        stepped = self.at_end and self._stepped
+        if stepped and self._fresh != checksum(self.model.get_weights()):
             self._reestimate()
 
     def _reestimate(self):

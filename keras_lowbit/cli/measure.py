@@ -31,11 +31,11 @@ def keras_answers(model: keras.Model, x, batch_size: int = 250, what: str = "") 
     # Batches of one size, the last one filled up: TensorFlow traces each size anew.
     batches = max(1, math.ceil(len(x) / min(batch_size, _fitting(x))))
     batch_size = max(1, math.ceil(len(x) / batches))
-    intake = Intake.of_model(model)
+    fit = Intake.of_model(model).reader(np.asarray(x[: _fitting(x)]))
     answers = []
     with _without_xla(model):
         for part in _parts(x, 2 * batch_size, what or f"run {model.name}"):
-            part, count = _filled(intake.fitted(part), batch_size), len(part)
+            part, count = _filled(fit(part), batch_size), len(part)
             outputs = model.predict(part, batch_size=batch_size, verbose=0)
             answers.append(top_class(outputs[:count]))
     return np.concatenate(answers)
@@ -81,9 +81,10 @@ def file_answers(
         raise ValueError(f"The images have {given} pixels; the file takes {wanted}")
     if intake is None:
         intake = Intake(dtype, None if dtype.kind == "f" else 1.0)
+    fit = intake.reader(np.asarray(x[: _fitting(x)]))
     answers = []
     for part in _parts(x, max(1, min(500, _fitting(x)) // batch) * batch, what):
-        part, count = _filled(intake.fitted(part), batch), len(part)
+        part, count = _filled(fit(part), batch), len(part)
         outputs = session.run({name: part})
         answers.append(top_class(next(iter(outputs.values()))[:count]))
     return np.concatenate(answers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import keras
@@ -20,6 +21,8 @@ PIXELS = (0, 255)
 _TOP = 255  # of 256 codes; of pixels, too
 # No grid that was calibrated on pixels ends below: one that does is of reals such as 0..1.
 _FEWEST_PIXELS = 2.0
+# Codes that a sample of reals spans at least: those of another normalisation span fewer.
+_FEWEST = 16
 # Share of a range by which images may lie outside: of one that was given, of one that was seen.
 _OUTSIDE = {True: 0.05, False: 0.5}
 
@@ -57,11 +60,11 @@ class Intake:
         if kind == "frozen":
             return cls.of_graph(frozen.graph_of(model))
         dtype = np.dtype(keras.backend.standardize_dtype(model.inputs[0].dtype))
-        found = _given_range(model) if kind == "quantized" else None
+        found = _range(model) if kind == "quantized" else None
         if found is None:
             return cls(dtype, None if dtype.kind == "f" else 1.0)
-        low, top = found
-        return cls(dtype, (top - low) / _TOP, low, given=True)
+        low, top, given = found
+        return cls(dtype, (top - low) / _TOP, low, given)
 
     @classmethod
     def of_graph(cls, graph: ir.Graph) -> Intake:
@@ -105,36 +108,47 @@ class Intake:
         return self.low + self.scale * _TOP
 
     def fitted(self, images: np.ndarray) -> np.ndarray:
-        """Images in the input's type.
+        """Images in the input's type, by what they show of themselves: `reader(images)(images)`."""
+        return self.reader(images)(images)
+
+    def reader(self, sample: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        """What brings images of a data set into the input's type, decided once by a sample of it.
 
         Pixels 0..255 become the reals or codes that they stand for, where the range of the input
         shows that it is not of pixels itself; reals become codes of the grid.
 
         Raises:
-            ValueError: images of another range than the input's, reals for an input of pixels.
+            ValueError: images of another range than the input's, reals for an input of pixels; the
+                reader too, of reals for an input of pixels.
         """
         if self.scale is None:
-            return images.astype(self.dtype)
-        whole = _are_pixels(images)
+            return lambda images: images.astype(self.dtype)
+        whole = _are_pixels(sample)
         if self._takes_pixels() and self.dtype.kind != "f":
-            if not whole:
-                raise self._refused(images, f"takes {self.dtype}, so it needs pixels 0..255")
-            return self._coded(images)
-        pixels = whole and self._is_beyond(images)
+            return self._pixels_alone
+        pixels = whole and self._is_beyond(sample)
         if not pixels:
-            self._check_range(images, whole)
+            self._check_range(sample, whole)
         if self.dtype.kind == "f":
-            return (self.low + self.scale * images if pixels else images).astype(self.dtype)
+            scale, low = (self.scale, self.low) if pixels else (1.0, 0.0)
+            return lambda images: (
+                images if (scale, low) == (1.0, 0.0) else low + scale * images
+            ).astype(self.dtype)
         if pixels:
-            return self._coded(images)
+            return self._pixels_alone
         # A grid may stand beside 0.0, which a file does not say where code 0 is none either.
         if self.low:
             raise ValueError(
                 f"The file takes {self.dtype} codes of scale {self.scale:.4g}, and does not tell "
-                f"what code 0 stands for. The images hold {images.dtype} in {images.min():.4g}.."
-                f"{images.max():.4g}. Give pixels 0..255 as uint8, or evaluate the .keras"
+                f"what code 0 stands for. The images hold {sample.dtype} in {sample.min():.4g}.."
+                f"{sample.max():.4g}. Give pixels 0..255 as uint8, or evaluate the .keras"
             )
-        return self._coded(np.clip(np.rint(images / self.scale), 0, _TOP))
+        return lambda images: self._coded(np.clip(np.rint(images / self.scale), 0, _TOP))
+
+    def _pixels_alone(self, images):
+        if not _are_pixels(images):
+            raise self._refused(images, f"takes {self.dtype}, so it needs pixels 0..255")
+        return self._coded(images)
 
     def _takes_pixels(self):
         """Whether each pixel value is a code, up to the noise of float32."""
@@ -149,14 +163,18 @@ class Intake:
 
     def _check_range(self, images, whole):
         low, top = float(images.min()), float(images.max())
-        outside = _OUTSIDE[self.given] * _TOP * self.scale
+        above, below = (
+            _OUTSIDE[tight] * _TOP * self.scale
+            for tight in (self.given, self.given or self.dtype.kind != "f")
+        )
         # Reals saturate in a file as they do in its model, which knows no range to be told of.
         told = self.given or self.dtype.kind != "f" or self.top < _FEWEST_PIXELS
-        if told and (low < self.low - outside or top > self.top + outside):
-            ends = f"{self.low:.4g}..{self.top:.4g} (scale {self.scale:.4g})"
+        ends = f"{self.low:.4g}..{self.top:.4g} (scale {self.scale:.4g})"
+        if told and (low < self.low - below or top > self.top + above):
             raise self._refused(images, f"takes images of {ends}")
-        if not whole and self._takes_pixels() and top - low < 4:
-            raise self._refused(images, "takes pixels 0..255")
+        if (told or self._takes_pixels()) and not whole and top - low < _FEWEST * self.scale:
+            takes = "pixels 0..255" if self._takes_pixels() else f"images of {ends}"
+            raise self._refused(images, f"takes {takes}, of which these are a small part")
 
     def _coded(self, pixels):
         return (pixels.astype("int16") - 128 * (self.dtype == np.int8)).astype(self.dtype)
@@ -175,23 +193,28 @@ def _are_pixels(images):
     return bool(images.min() >= 0 and images.max() <= _TOP and np.all(images == np.rint(images)))
 
 
-def _given_range(model) -> tuple[float, float] | None:
-    """Reals of pixel 0 and pixel 255 before any rescaling; `None` where calibration found them."""
+def _range(model) -> tuple[float, float, bool] | None:
+    """Reals of the first and last code of images before any rescaling, and whether they were given.
+
+    `None` without a grid of images that has a scale.
+    """
     program = walk.flatten(model)
     producers = program.producers()
     for call in program.calls:
         quantizer = getattr(call.operation, "quantizer", None)
         if kind_of(call) != "quantize" or not isinstance(quantizer, Affine):
             continue
-        grid = quantizer.get_config()
-        if grid["scale"] is None:
+        if not quantizer.is_calibrated:
             continue
-        ends = [grid["offset"] + grid["scale"] * code for code in quantizer.static_bounds()]
+        scale = quantizer.get_config()["scale"]
+        given = scale is not None
+        scale = scale if given else float(quantizer.grid().scale)
+        ends = [quantizer.offset + scale * code for code in quantizer.static_bounds()]
         before = walk_back(producers, call.inputs[0], BEFORE_GRID)
         while before is not None and kind_of(before) == "rescaling":
             gain, shift = scaling_of(before)
             ends = [(end - float(shift)) / float(gain) for end in ends]
             before = walk_back(producers, before.inputs[0], BEFORE_GRID)
         if before is None:
-            return ends[0], ends[1]
+            return ends[0], ends[1], given
     return None

@@ -45,7 +45,7 @@ def check(recipe: Recipe, dataset, model) -> None:
         return
     with of_section(recipe, "quantize"):
         made = _quantized(recipe, dataset, model)
-    if recipe.train.bit_descent and not recipe.methods.cycles:
+    if recipe.train.epochs and recipe.train.bit_descent and not recipe.methods.cycles:
         with of_section(recipe, "train"):
             descent = BitDescent(recipe.train.descent)
             descent.set_params({"epochs": recipe.train.epochs})

@@ -228,7 +228,8 @@ class _Run:
         return model
 
     def _drop_snapshots(self, name):
-        for folder in (f"backup_{name}", "blocks"):
+        # Blocks are the quantized model's: a float one that is finished leaves them.
+        for folder in (f"backup_{name}", *(["blocks"] if name == "model" else [])):
             shutil.rmtree(self.out / folder, ignore_errors=True)
 
     def _reconstructed(self, model, teacher):

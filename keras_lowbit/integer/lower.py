@@ -158,7 +158,10 @@ def _grid(lowering, call, quantizer):
                 f"{call.name} is not calibrated. Run keras_lowbit.calibrate(model, images) first"
             )
         lowering.emitter.guessed = True
-    grid = quantizer.grid()
+    try:
+        grid = quantizer.grid()
+    except ValueError as error:
+        raise NotExportable(f"{call.name}: {error}") from error
     if grid.hi - grid.lo > 255:
         raise NotExportable(
             f"{call.name}: codes of {grid.bits} bits; files hold at most 8. Quantize with 8 "

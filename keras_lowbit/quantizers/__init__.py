@@ -63,8 +63,9 @@ def get(identifier, **defaults):
 
     Args:
         identifier: `None`, a name of `names()`, a config of `keras.saving`, or a `Quantizer`.
-        **defaults: constructor arguments used when `identifier` is a name. An object or a config
-            has its own; of them `role` must be this one.
+        **defaults: constructor arguments used when `identifier` is a name. An object has its own;
+            of them `role` must be this one. So has a config, which comes from a saved model and is
+            taken as it is.
 
     Raises:
         ValueError: unknown name (the nearest is suggested), another type, arguments of a wrong
@@ -74,6 +75,8 @@ def get(identifier, **defaults):
         return None
     if isinstance(identifier, dict):
         identifier = keras.saving.deserialize_keras_object(identifier)
+        if isinstance(identifier, Quantizer):
+            return identifier
     if isinstance(identifier, Quantizer):
         role = defaults.get("role", identifier.role)
         if identifier.role != role:

@@ -198,15 +198,17 @@ class CyclicTraining:
                 model.compile(optimizer=fresh, **(compile_options or {}))
                 # A backup of Keras may have left its own in the model, or in the stage before.
                 forget_initial_epoch(model)
+                given = list(callbacks(visit)) if callbacks else []
                 own = [files.EpochLog(folder / "epochs.json", visit.index)]
                 if resume is not None:
-                    own.append(Resume(resume, keep=True))
+                    counting = [one for one in given if hasattr(one, "get_state")]
+                    own.append(Resume(resume, keep=True, also=counting))
                 model.fit(
                     x,
                     y,
                     epochs=visit.first_epoch + visit.stage.epochs,
                     initial_epoch=visit.first_epoch,
-                    callbacks=[*(callbacks(visit) if callbacks else ()), *own],
+                    callbacks=[*given, *own],
                     verbose=verbose,
                     **fit_options,
                 )

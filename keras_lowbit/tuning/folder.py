@@ -58,7 +58,12 @@ class Folder:
             return cls(path)
         odd = [key for key in settings if held.get(key) != settings[key]]
         if odd:
-            key, was, now = odd[0], held.get(odd[0]), settings[odd[0]]
+            if odd[0] not in held:
+                raise ValueError(
+                    f"reconstruct: {path} holds a run of an earlier version, which did not note "
+                    f"{odd[0]}. Use another folder, or remove this one"
+                )
+            key, was, now = odd[0], held[odd[0]], settings[odd[0]]
             if isinstance(was, dict) and isinstance(now, dict):  # of layers: the first will do
                 name = next(n for n in (*now, *was) if was.get(n) != now.get(n))
                 key, was, now = f"{key} of {name}", was.get(name), now.get(name)

@@ -102,6 +102,11 @@ def test_of_a_generator_without_end_only_what_is_used_is_read():
     assert read == [0, 1]
 
 
+def test_a_fit_of_no_steps_leaves_the_statistics(calls):
+    tiny.train(dense(), [BatchNormReestimation(tiny.images()[0])], epochs=2, initial_epoch=2)
+    assert calls == []
+
+
 def test_at_end_runs_once_and_also_after_an_early_stop(calls):
     callback = BatchNormReestimation(tiny.images()[0])
     tiny.train(dense(), [Where(), callback], epochs=2)

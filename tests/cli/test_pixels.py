@@ -69,6 +69,10 @@ def test_images_become_what_the_input_takes(intake, images, wanted):
         (Intake(F, UNIT, given=True), [-1.0, 0.5], r"images of 0\.\.1 \(scale 0.003922\)"),
         (Intake(U, UNIT), [-1.0, 0.5], r"images of 0\.\.1 \(scale 0.003922\)"),
         (Intake(F, 1.0, given=True), [0.0, 0.5], r"takes pixels 0\.\.255"),
+        # Those of another normalisation: by ImageNet's means, say.
+        (Intake(F, 1.0, given=True), [-2.12, 2.64], r"takes pixels 0\.\.255"),
+        (Intake(U, 0.999), [-2.12, 2.64], r"images of 0\.\.254.7 .*a small part"),
+        (Intake(U, 0.999), [0.0, 0.3, 1.0], r"images of 0\.\.254.7 .*a small part"),
         (Intake(U, SIGNED, -128 * SIGNED), [0.0, 1.0], r"codes of scale 0.007843.* as uint8"),
         (Intake(U, 16 / 255), [0.0, 255.0], r"images of 0\.\.16 \(scale 0.06275\)"),
     ],
@@ -76,6 +80,29 @@ def test_images_become_what_the_input_takes(intake, images, wanted):
 def test_images_of_another_range_are_refused_with_the_scale_and_the_way_out(intake, images, why):
     with pytest.raises(ValueError, match=why):
         intake.fitted(np.array(images, "float32"))
+
+
+@pytest.mark.once
+def test_what_images_are_is_decided_once_for_a_data_set():
+    pixels = np.array([0, 1, 200, 255], "uint8")
+    read = Intake(F, UNIT, given=True).reader(pixels)
+    dark = np.array([1], "uint8")  # by itself it might be a real, white
+    np.testing.assert_array_equal(read(dark), np.float32([1 / 255]))
+    flat = np.float32([100.5])
+    np.testing.assert_array_equal(Intake(F, 1.0, given=True).reader(flat * [0, 2])(flat), flat)
+
+
+def test_a_calibrated_model_takes_what_its_file_takes():
+    """No range was given: the grid of images, calibrated on 0..1, tells it."""
+    x, _ = pixels_around([40, 128, 215])
+    model = calibrate(quantize_model(net([0.15, 0.5, 0.85]), "w8a8"), x.astype("float32") / 255)
+    read = Intake.of_model(model)
+    assert not read.given
+    assert read.dtype == F
+    of_file = Intake.of_graph(tflite_export.convert(model).graph)
+    np.testing.assert_allclose([read.low, read.top], [of_file.low, of_file.top], atol=1e-6)
+    got = measure.keras_answers(model, x)
+    np.testing.assert_array_equal(got, measure.keras_answers(model, x.astype("float32") / 255))
 
 
 def net(centres, first=None):

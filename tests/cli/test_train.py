@@ -208,6 +208,34 @@ def test_snapshots_that_a_kill_left_behind_go(run, recipe, tmp_path):
     assert not (out / "backup_model").exists()
 
 
+def test_blocks_that_were_finished_before_a_kill_are_not_done_again(
+    run, recipe, tmp_path, monkeypatch
+):
+    path, out, found = (
+        recipe(
+            pretrain={"epochs": 1, "xla": "off"},
+            reconstruct={"steps": 2, "batch_size": 8, "images": 16},
+            train={"epochs": 0},
+        ),
+        tmp_path / "out",
+        [],
+    )
+
+    def killed(model, teacher, images, *, folder, **given):
+        reconstruct(model, teacher, images, folder=folder, **given)
+        raise KeyboardInterrupt
+
+    def watched(model, teacher, images, *, folder, **given):
+        found.extend(sorted(file.name for file in folder.iterdir()))
+        return reconstruct(model, teacher, images, folder=folder, **given)
+
+    monkeypatch.setattr("keras_lowbit.cli.trainer.reconstruct", killed)
+    assert run("train", path, "--out", out).code != 0
+    monkeypatch.setattr("keras_lowbit.cli.trainer.reconstruct", watched)
+    assert run("train", path, "--out", out).code == 0
+    assert found[0] == "block_000.npz"
+
+
 def test_a_folder_of_another_recipe_is_refused_and_untouched(run, recipe, tmp_path, contents):
     path, out = recipe(), tmp_path / "out"
     assert run("train", path, "--out", out, "--epochs=0").code == 0

@@ -230,9 +230,9 @@ def test_a_quantizer_of_kernels_is_no_quantizer_of_activations():
         layers.Quantize(quantizers.LSQ(2))
     with pytest.raises(ValueError, match="role='activation' is given where role='kernel'"):
         layers.QuantizedDense(2, kernel_quantizer=quantizers.LSQ(2, role="activation"))
+    # Earlier versions saved such models; they load as they were.
     config = keras.saving.serialize_keras_object(quantizers.LSQ(2))
-    with pytest.raises(ValueError, match=message):
-        layers.QuantizedDense(2, input_quantizer=config)
+    assert layers.QuantizedDense(2, input_quantizer=config).input_quantizer.role == "kernel"
 
 
 def test_a_config_of_something_else_is_refused():

@@ -152,6 +152,43 @@ def test_a_killed_training_goes_on_at_its_stage_and_epoch_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+class Counting(keras.callbacks.Callback):
+    """Counts batches over epochs, as `FreezeOscillating` does; amid a stage it may be killed."""
+
+    def __init__(self, seen, kill_at=None):
+        super().__init__()
+        self.count, self.seen, self.kill_at = 0, seen, kill_at
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.seen.append((epoch, self.count))
+        if epoch == self.kill_at:
+            raise KeyboardInterrupt
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.count += 1
+
+    def get_state(self):
+        return {"count": np.array(self.count)}
+
+    def set_state(self, state):
+        self.count = int(state["count"])
+
+
+def test_what_callbacks_have_counted_goes_on_after_a_kill(tmp_path):
+    training = CyclicTraining(StagePlan((Stage("only", 2, 2, 4, 1e-3),)), 1, reestimate_batches=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            tiny.model("w2a2"),
+            training,
+            callbacks=lambda visit: [Counting([], kill_at=2)],
+            directory=tmp_path,
+        )
+    seen = []
+    callbacks = lambda visit: [Counting(seen)]  # noqa: E731
+    train(tiny.model("w2a2"), training, callbacks=callbacks, directory=tmp_path)
+    assert seen == [(2, 6), (3, 9)]  # epochs of 3 steps
+
+
 def test_a_model_that_keras_restored_before_begins_at_the_first_epoch(tmp_path):
     model, log = tiny.model("w2a2"), []
     for _ in range(2):  # the second one restores epoch 1, and nothing is left to do

@@ -62,8 +62,6 @@ def test_thresholds_are_tuned():
     folded = fold_batchnorm(net())
     small = quantize_model(folded, Scheme(8, 8, kernel="threshold", activation="threshold"))
     calibrate(small, IMAGES, method="minmax")
-    before = [ops.convert_to_numpy(w) for w in small.get_layer("n_c").weights]
-    tune_thresholds(small, folded, IMAGES, epochs=1)
-    after = [ops.convert_to_numpy(w) for w in small.get_layer("n_c").weights]
-    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    tuning = tune_thresholds(small, folded, IMAGES, epochs=1)
+    assert 0 < tuning.after <= tuning.before
     assert tflite_export.convert(small, verify=IMAGES[:4]).mismatches == 0
