@@ -140,7 +140,7 @@ class Resume(keras.callbacks.Callback):
             if not file.exists():
                 raise ValueError(
                     f"Resume: {snapshot} holds no state of {type(callback).__name__}: it was "
-                    "taken without it in also. Start afresh with an empty directory"
+                    f"taken without it in also. {AFRESH}"
                 )
         return seeds, [read_arrays(file) for file in files]
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import zipfile
-import zlib
 from pathlib import Path
 
 import keras
@@ -15,14 +13,11 @@ from keras_lowbit import data as datasets
 from keras_lowbit import packed, walk, zoo
 from keras_lowbit.integer.integer_op import IntegerOp
 from keras_lowbit.kinds import kind_of
-from keras_lowbit.whole_files import replacing
+from keras_lowbit.whole_files import DAMAGE, replacing
 from keras_lowbit.zoo.build import load_weights
 
-# What readers let through when a file is cut off, overwritten or of another kind.
-_DAMAGE = (
-    *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError),
-    *(RuntimeError, NotImplementedError, struct.error, zipfile.BadZipFile, zlib.error),
-)
+# Keras' and HDF5's readers let more through.
+_DAMAGE = (*DAMAGE, IndexError, AttributeError, RuntimeError)
 
 
 def load_model(path: str | Path) -> keras.Model:
