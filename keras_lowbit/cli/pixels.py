@@ -122,7 +122,7 @@ class Intake:
                 reader too, of reals for an input of pixels.
         """
         if self.scale is None:
-            return lambda images: images.astype(self.dtype)
+            return self._as_they_are
         whole = _are_pixels(sample)
         if self._takes_pixels() and self.dtype.kind != "f":
             return self._pixels_alone
@@ -130,10 +130,7 @@ class Intake:
         if not pixels:
             self._check_range(sample, whole)
         if self.dtype.kind == "f":
-            scale, low = (self.scale, self.low) if pixels else (1.0, 0.0)
-            return lambda images: (
-                images if (scale, low) == (1.0, 0.0) else low + scale * images
-            ).astype(self.dtype)
+            return self._as_reals if pixels else self._as_they_are
         if pixels:
             return self._pixels_alone
         # A grid may stand beside 0.0, which a file does not say where code 0 is none either.
@@ -144,6 +141,12 @@ class Intake:
                 f"{sample.max():.4g}. Give pixels 0..255 as uint8, or evaluate the .keras"
             )
         return lambda images: self._coded(np.clip(np.rint(images / self.scale), 0, _TOP))
+
+    def _as_they_are(self, images):
+        return images.astype(self.dtype)
+
+    def _as_reals(self, pixels):
+        return (self.low + self.scale * pixels).astype(self.dtype)
 
     def _pixels_alone(self, images):
         if not _are_pixels(images):
