@@ -17,7 +17,8 @@ _STATE = ("codes", "direction", "frequency", "mean", "frozen")
 class FreezeOscillating(keras.callbacks.Callback):
     """Freezes weights whose code keeps going back and forth.
 
-    After each step, for each weight of a kernel with few bits, with `c_t` its code:
+    After each step of the optimizer, for each weight of a kernel with few bits, with `c_t` its
+    code; batches that only gather gradients are none:
 
         o_t = 1 where c_t != c_(t-1) and the last change before went the other way, else 0
         f_t = momentum * o_t + (1 - momentum) * f_(t-1)              f_0 = 0
@@ -71,7 +72,7 @@ class FreezeOscillating(keras.callbacks.Callback):
         self.max_bits = checked_count(max_bits, who="FreezeOscillating: max_bits", least=2)
         self._kernels: dict[str, Kernel] = {}
         self._followed: dict[str, _Followed] = {}
-        self._epoch = 0
+        self._epoch = self._updates = 0
 
     def threshold_at(self, done: float) -> float:
         """The threshold after the share `done` of the training."""
@@ -102,6 +103,7 @@ class FreezeOscillating(keras.callbacks.Callback):
                 f"Got {model.steps_per_execution}"
             )
         self._followed = {}
+        self._updates = int(self.model.optimizer.iterations)
 
     def on_epoch_begin(self, epoch, logs=None):
         """Follow the kernels that have few bits now."""
@@ -116,13 +118,23 @@ class FreezeOscillating(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         """Count, freeze, and put frozen weights back."""
-        _ = self.model  # On JAX this hands the step's state back, so that variables can move.
+        model = self.model  # On JAX this hands the step's state back, so that variables can move.
+        if not self._was_update(model.optimizer):
+            return
         steps, epochs = self.params.get("steps"), self.params["epochs"]
         # A data set of unknown length goes by epochs.
         within = (batch + 1) / steps if steps else 0.0
         threshold = self.threshold_at((self._epoch + within) / epochs)
         for followed in self._followed.values():
             followed.step(threshold, self.momentum)
+
+    def _was_update(self, optimizer):
+        """Whether the batch moved weights; fetches a number only where some batches do not."""
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        if not optimizer.gradient_accumulation_steps:
+            return True
+        before, self._updates = self._updates, int(optimizer.iterations)
+        return self._updates != before
 
     def on_epoch_end(self, epoch, logs=None):
         """Log the share of frozen weights."""

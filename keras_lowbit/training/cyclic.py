@@ -239,7 +239,7 @@ class CyclicTraining:
         return Result(tuple(rows), self.total_epochs, best.cycle)
 
     def _row(self, visit, folder):
-        epochs = files.read_json(folder / "epochs.json", [])
+        epochs = files.read_epochs(folder / "epochs.json")
         last = next(row for row in reversed(epochs) if row["stage"] == visit.index)
         if self.monitor is not None and self.monitor not in last:
             logged = sorted(set(last) - {"epoch", "stage"})
@@ -271,7 +271,7 @@ class CyclicTraining:
         return files.plain(made)
 
     def _rows_of(self, folder):
-        stored = files.read_json(folder / "stages.json", None)
+        stored = files.read_stages(folder / "stages.json")
         if stored is None:
             return []
         if stored["plan"] != self._fingerprint():

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.quantizers.sites import sites_of
-from keras_lowbit.whole_files import read_arrays, read_json, write_arrays, write_json
+from keras_lowbit.whole_files import damaged, read_arrays, read_json, write_arrays, write_json
 
 
 def write_state(model: keras.Model, path: Path) -> None:
@@ -47,6 +47,31 @@ def _kept(model):
     return [variable for variable in model.variables if id(variable) not in late]
 
 
+def read_epochs(path: Path) -> list[dict]:
+    """The rows of an `EpochLog`; none where there is no file.
+
+    Raises:
+        ValueError: a damaged file, or one of something else.
+    """
+    rows = read_json(path, [])
+    if not all(isinstance(row, dict) and {"epoch", "stage"} <= row.keys() for row in rows):
+        raise damaged(path, ValueError("no rows of epochs"))
+    return rows
+
+
+def read_stages(path: Path) -> dict | None:
+    """`{"plan": ..., "stages": rows}` of a training; `None` where there is no file.
+
+    Raises:
+        ValueError: a damaged file, or one of something else.
+    """
+    stored = read_json(path, None)
+    whole = isinstance(stored, dict) and "plan" in stored and type(stored.get("stages")) is list
+    if stored is not None and not whole:
+        raise damaged(path, ValueError("no log of stages"))
+    return stored
+
+
 class EpochLog(keras.callbacks.Callback):
     """Adds the logs of each epoch to a JSON file; a repeated epoch replaces its row.
 
@@ -61,7 +86,7 @@ class EpochLog(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Add a row, and drop those of this epoch and later ones."""
-        rows = [row for row in read_json(self.path, []) if row["epoch"] < epoch]
+        rows = [row for row in read_epochs(self.path) if row["epoch"] < epoch]
         # Some metrics are a number for each class.
         numbers = {k: np.array(ops.convert_to_numpy(v)).tolist() for k, v in (logs or {}).items()}
         write_json([*rows, {"epoch": epoch, "stage": self.stage, **numbers}], self.path)

@@ -159,9 +159,7 @@ def rescale_pairs(model, images, *, method="fat", limit=5.9, batch_size=32, retu
     program = walk.flatten(copy)
     pairs, declined = _pairs(program, method)
     if not pairs:
-        raise ValueError(
-            f"rescale_pairs: no pair to rescale in {model.name}. Declined: {declined or 'nothing'}"
-        )
+        raise ValueError(f"rescale_pairs: {_why_none(model, method, declined)}")
     batches = checked_batches(program, images, batch_size)
     largest = _largest(program, [p[0] for p in pairs], batches)
     totals = {(a.name, b.name): 1.0 for a, b, _ in pairs}
@@ -206,6 +204,19 @@ def _pairs(program, method):
         else:
             pairs.append((first, *found))
     return pairs, declined
+
+
+def _why_none(model, method, declined):
+    """Why a model has no pair for a method, and the way out."""
+    if declined:
+        return f"no pair to rescale in {model.name}. Declined: {declined}"
+    if method == "fat":
+        return (
+            f"{model.name} has no DepthwiseConv2D, which method='fat' is for; 'cle' and "
+            "'activations' take any two products in a row"
+        )
+    kinds = [product.__name__ for product in _PRODUCTS]
+    return f"{model.name} has no {', '.join(kinds[:-1])} or {kinds[-1]} to rescale"
 
 
 def _follow(first, readers, outputs, times):

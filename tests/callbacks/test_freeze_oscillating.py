@@ -151,6 +151,31 @@ def test_frozen_weights_stay_through_compiled_steps_and_others_move():
     assert list(freeze.shares()) == ["middle"]
 
 
+def test_batches_that_only_gather_gradients_count_nothing():
+    """Six batches of four images, three an update: what two batches of twelve images count."""
+    states = []
+    for batch_size, gathered in ((4, 3), (12, None)):
+        keras.utils.set_random_seed(1)
+        model, freeze = restless(), FreezeOscillating((1.0, 1.0), momentum=0.5)
+        model.compile(
+            keras.optimizers.SGD(0.1, gradient_accumulation_steps=gathered),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            jit_compile=keras.backend.backend() == "jax",
+        )
+        # Evaluating batch norms: their statistics would be of other images.
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.trainable = False
+        x, y = tiny.images()
+        model.fit(x, y, batch_size, 3, verbose=0, shuffle=False, callbacks=[freeze])
+        states.append(freeze.get_state())
+    gathering, plain = states
+    assert (plain["middle:mean"] != plain["middle:codes"]).any()
+    for part in ("codes", "frequency", "mean"):
+        # Sums of three means are the mean of twelve but for float noise, which moves no code here.
+        np.testing.assert_array_equal(gathering[f"middle:{part}"], plain[f"middle:{part}"])
+
+
 def test_a_descent_is_followed_from_the_bits_on_that_oscillate():
     model, freeze = restless("w4a4"), FreezeOscillating((0.0, 0.0))
     logged = tiny.train(model, [BitDescent({0: 8, 1: 5, 2: 4}), freeze], epochs=5)

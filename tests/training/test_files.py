@@ -21,11 +21,30 @@ def test_a_damaged_log_is_named(text, tmp_path):
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("text", ["[]", '{"stages": []}', '{"plan": 3}', '{"plan": 3, "stages": 4}'])
+def test_logs_of_another_shape_are_named(text, tmp_path):
+    path = tmp_path / "stages.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"stages\.json is damaged \(no log of stages\)"):
+        files.read_stages(path)
+    assert files.read_stages(tmp_path / "none.json") is None
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("text", ['[{"epoch": 0}]', "[3]"])
+def test_rows_of_another_shape_are_named(text, tmp_path):
+    path = tmp_path / "epochs.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"epochs\.json is damaged \(no rows of epochs\)"):
+        files.read_epochs(path)
+
+
+@pytest.mark.once
 def test_a_log_of_something_else_is_named(tmp_path):
     path = tmp_path / "epochs.json"
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"epochs\.json is damaged \(no list\)\. Start afresh"):
-        files.read_json(path, [])
+        files.read_epochs(path)
 
 
 @pytest.mark.once

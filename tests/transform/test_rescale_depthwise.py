@@ -154,6 +154,19 @@ def test_cle_settles_with_equal_ranges_on_both_sides():
     np.testing.assert_allclose(ranges(made), second, rtol=3e-3)
 
 
+def test_the_default_method_says_that_it_wants_depthwise_layers():
+    x = inputs = keras.Input((7, 5, 3))
+    x = K.Conv2D(2, 1, name="second")(K.Conv2D(4, 3, activation="relu", name="first")(x))
+    model = keras.Model(inputs, x, name="plain")
+    said = r"plain has no DepthwiseConv2D, which method='fat' is for; 'cle' .*any two products"
+    with pytest.raises(ValueError, match=said):
+        rescale_pairs(model, IMAGES)
+    assert rescale_pairs(model, IMAGES, method="cle") is not model
+    one = keras.Model(inputs, K.Flatten()(inputs), name="none")
+    with pytest.raises(ValueError, match="none has no Conv2D, DepthwiseConv2D or Dense"):
+        rescale_pairs(one, IMAGES, method="cle")
+
+
 def test_pairs_that_cannot_be_rescaled_are_named():
     inputs = keras.Input((7, 5, 3))
     x = K.DepthwiseConv2D(3, padding="same", name="dw1")(inputs)
