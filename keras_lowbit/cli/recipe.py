@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keras_lowbit import quantizers
-from keras_lowbit.checks import did_you_mean
-from keras_lowbit.cli.methods import Methods, check_methods
-from keras_lowbit.integer.build import TYPES, WEIGHTS
-from keras_lowbit.numerics.ranges import METHODS
+from keras_lowbit.cli.methods import Methods
+from keras_lowbit.cli.recipe_checks import checked, near
 from keras_lowbit.scheme import Scheme
-from keras_lowbit.transform.rescale_depthwise import METHODS as RESCALINGS
 from keras_lowbit.tuning.block_model import Rates
-from keras_lowbit.tuning.reconstruct import ROUNDINGS
-from tflite_export.targets import TARGETS
-
-XLA = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -259,7 +250,7 @@ def read_recipe(path: str | Path) -> Recipe:
     parts = {}
     for section, values in raw.items():
         if section not in _SECTIONS:
-            raise ValueError(f"{path}: unknown section [{section}].{_near(section, _SECTIONS)}")
+            raise ValueError(f"{path}: unknown section [{section}].{near(section, _SECTIONS)}")
         if not isinstance(values, dict):
             raise ValueError(f"{path}: {section} must be a section, [{section}]. Got {values!r}")
         parts[section] = _section(values, _SECTIONS[section], f"{path} [{section}]")
@@ -295,17 +286,13 @@ def without_folders(metrics: dict) -> dict:
     return {**metrics, "recipe": recipe}
 
 
-def _near(given, known):
-    return did_you_mean(given, known) or f" Known: {sorted(known)}"
-
-
 def _section(values, cls, where):
     known = {f.name: f for f in dataclasses.fields(cls)}
     made: dict[str, Any] = {}
     default = cls()
     for key, value in values.items():
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}.{_near(key, known)}")
+            raise ValueError(f"{where}: unknown key {key!r}.{near(key, known)}")
         wanted = type(getattr(default, key))
         if wanted is float and type(value) is int:
             value = float(value)
@@ -316,139 +303,3 @@ def _section(values, cls, where):
             raise ValueError(f"{where}: {key} must be {name}. Got {value!r}")
         made[key] = value
     return cls(**made)
-
-
-def checked(recipe: Recipe, path: str) -> Recipe:
-    """The recipe, or `ValueError` naming file, section and key of a value out of range."""
-    try:
-        scheme = recipe.scheme
-    except ValueError as error:
-        raise ValueError(f"{path} [quantize]: {error}") from error
-    for key in ("kernel", "activation") if scheme else ():
-        named = getattr(scheme, key)
-        if named.lower() not in quantizers.names():
-            raise ValueError(
-                f"{path} [quantize]: {key} is no quantizer. Got {named!r}."
-                f"{_near(named, quantizers.names())}"
-            )
-    at_least = {
-        "data": {"holdout": 0, "seed": 0, "size": 0},
-        "pretrain": _LEAST,
-        "quantize": {"calibration_images": 1, "ends_bits": 0},
-        "reconstruct": {
-            "steps": 0,
-            "batch_size": 1,
-            "drop": 0.0,
-            "images": 0,
-            "views": 0,
-            "logit_weight": 0.0,
-            "logit_blocks": 1,
-        },
-        "refine": {"steps": 0, "batch_size": 1},
-        "train": _LEAST,
-        "export": {"verify_images": 0},
-    }
-    one_of = {
-        ("data", "channels"): (1, 3),
-        ("model", "rescale"): ("", *RESCALINGS),
-        ("quantize", "method"): METHODS,
-        ("reconstruct", "rounding"): ROUNDINGS,
-        ("pretrain", "xla"): XLA,
-        ("train", "xla"): XLA,
-        ("export", "target"): tuple(TARGETS),
-        ("export", "input_type"): ("", *TYPES),
-        ("export", "output_type"): TYPES,
-    }
-    for section, limits in at_least.items():
-        for key, low in limits.items():
-            value = getattr(getattr(recipe, section), key)
-            if not value >= low or math.isinf(value):
-                raise ValueError(f"{path} [{section}]: {key} must be at least {low}. Got {value}")
-    for (section, key), allowed in one_of.items():
-        value = getattr(getattr(recipe, section), key)
-        if value not in allowed:
-            raise ValueError(f"{path} [{section}]: {key} must be one of {allowed}. Got {value!r}")
-    weights = recipe.export.weights
-    if any(w not in WEIGHTS for w in weights) or len(set(weights)) < len(weights):
-        raise ValueError(
-            f"{path} [export]: weights must list some of {WEIGHTS}, each once. Got {list(weights)}"
-        )
-    for section in ("pretrain", "train"):
-        _check_fit(getattr(recipe, section), f"{path} [{section}]")
-    if recipe.model.rescale and not recipe.model.fold:
-        raise ValueError(f"{path} [model]: rescale needs fold = true, batch norms in the kernels")
-    if scheme is None and recipe.train.bit_descent:
-        raise ValueError(f"{path} [train]: bit_descent needs a [quantize] scheme below 8 bits")
-    if scheme is None and recipe.train.distill and not recipe.train.teacher:
-        raise ValueError(
-            f"{path} [train]: distill needs a [quantize] scheme, a quantized student, or a teacher"
-        )
-    if recipe.train.teacher and not (recipe.train.distill and recipe.train.epochs):
-        raise ValueError(f"{path} [train]: teacher needs distill and epochs above 0")
-    if recipe.train.teacher and recipe.methods.mutual:
-        raise ValueError(f"{path} [train]: teacher is frozen; mutual trains the float model")
-    if recipe.pretrain.bit_descent or recipe.pretrain.distill or recipe.pretrain.teacher:
-        raise ValueError(f"{path} [pretrain]: bit_descent, distill and teacher belong to [train]")
-    if recipe.reconstruct.drop > 1:
-        raise ValueError(
-            f"{path} [reconstruct]: drop must lie in 0..1. Got {recipe.reconstruct.drop}"
-        )
-    if not 0 < recipe.reconstruct.zoom <= 1:
-        zoom = recipe.reconstruct.zoom
-        raise ValueError(f"{path} [reconstruct]: zoom must lie above 0 and up to 1. Got {zoom}")
-    if not 0 < recipe.reconstruct.memory < math.inf:
-        raise ValueError(
-            f"{path} [reconstruct]: memory must be positive. Got {recipe.reconstruct.memory}"
-        )
-    if any(type(n) is not int or n < 1 for n in recipe.reconstruct.block_steps.values()):
-        raise ValueError(
-            f"{path} [reconstruct]: block_steps must be whole numbers, at least 1. "
-            f"Got {recipe.reconstruct.block_steps}"
-        )
-    try:
-        recipe.reconstruct.all_rates  # noqa: B018 - made to see whether they can be
-    except (TypeError, ValueError) as error:
-        known = [f.name for f in dataclasses.fields(Rates)]
-        raise ValueError(f"{path} [reconstruct]: rates are of {known}, above 0. {error}") from error
-    for section in ("reconstruct", "refine"):
-        if getattr(recipe, section).steps and scheme is None:
-            raise ValueError(f"{path} [{section}]: needs a [quantize] scheme")
-    check_methods(recipe, f"{path} [methods]")
-    return recipe
-
-
-_LEAST = {
-    "epochs": 0,
-    "batch_size": 1,
-    "momentum": 0.0,
-    "weight_decay": 0.0,
-    "clipnorm": 0.0,
-    "warmup": 0.0,
-    "shift": 0,
-    "cutout": 0,
-    "mixup": 0.0,
-    "reestimate_batches": 0,
-    "seed": 0,
-}
-
-
-def _check_fit(train, where):
-    for key in ("learning_rate", "temperature"):
-        value = getattr(train, key)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{where}: {key} must be positive. Got {value}")
-    if not 0 <= train.distill <= 1:
-        raise ValueError(f"{where}: distill must lie in 0..1. Got {train.distill}")
-    if train.epochs and train.warmup >= train.epochs:
-        raise ValueError(
-            f"{where}: warmup must be shorter than the {train.epochs} epochs. Got {train.warmup}"
-        )
-    if (train.cutout or train.mixup) and not train.augment:
-        raise ValueError(f"{where}: cutout and mixup need augment = true")
-    for epoch, bits in train.bit_descent.items():
-        if not epoch.isdecimal() or int(epoch) >= max(train.epochs, 1):
-            raise ValueError(
-                f"{where}: bit_descent: {epoch!r} is no epoch of 0..{max(train.epochs, 1) - 1}"
-            )
-        if type(bits) is not int or not 1 <= bits <= 8:
-            raise ValueError(f"{where}: bit_descent: bits must be 1..8. Got {bits!r}")
