@@ -38,6 +38,8 @@ class BatchNormReestimation(keras.callbacks.Callback):
             starts, a subclassed model without a functional quantized model inside.
     """
 
+    ends_each_fit = True  # of a training in stages: acts on the last epoch of each
+
     def __init__(
         self,
         data,

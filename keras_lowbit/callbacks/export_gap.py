@@ -39,6 +39,8 @@ class ExportGapMonitor(keras.callbacks.Callback):
         keras_lowbit.NotExportable: when training starts, naming the layer.
     """
 
+    ends_each_fit = True  # of a training in stages: acts on the last epoch of each
+
     def __init__(self, data, every: int = 1, batch_size: int = 128, verbose: int = 1):
         super().__init__()
         if not isinstance(data, (list, tuple)) or len(data) != 2:

@@ -152,11 +152,12 @@ class CyclicTraining:
                 `distillation.MutualDistiller`.
             x: as for `fit` of Keras.
             y: likewise.
-            optimizer: makes a new optimizer for each stage.
+            optimizer: makes a new optimizer for each stage, whose frozen parts are frozen then.
             compile_options: arguments of `compile`, such as loss and metrics.
             callbacks: makes the callbacks of a stage. Epochs count on over all stages, so schedules
                 over the epochs of a `fit` (`StochasticPrecision`, `TemperatureAnnealing`,
-                `DampenOscillations`) run once over all of them.
+                `DampenOscillations`) run once over all of them; what is done after the last epoch
+                of a `fit` (`BatchNormReestimation`, `ExportGapMonitor`) ends each stage.
             batch_norm_data: images for batch norms; `None` for `x`. Of an iterator the first
                 `reestimate_batches` batches are kept.
             directory: where log and snapshots lie, one for each training: `stages.json`,
@@ -179,7 +180,7 @@ class CyclicTraining:
             batch_norm_data = norms.kept(batch_norm_data, self.reestimate_batches)
         made: list = []
 
-        def train(visit, folder, resume):
+        def made_for(visit):
             fresh = optimizer(visit)
             if any(fresh is old for old in made):
                 raise ValueError(
@@ -187,8 +188,13 @@ class CyclicTraining:
                     "same object twice"
                 )
             made.append(fresh)
+            return fresh
+
+        def train(visit, folder, resume):
             stages.set_bits(model, visit.stage)
             with stages.frozen(model, visit.stage):
+                # Behind the freezing: it may ask what there is to train.
+                fresh = made_for(visit)
                 if self.reestimate_batches:
                     data = x if batch_norm_data is None else batch_norm_data
                     size = fit_options.get("batch_size") or 32
@@ -208,7 +214,7 @@ class CyclicTraining:
                     y,
                     epochs=visit.first_epoch + visit.stage.epochs,
                     initial_epoch=visit.first_epoch,
-                    callbacks=[*given, *own],
+                    callbacks=[_Whole(given, self.total_epochs), *given, *own],
                     verbose=verbose,
                     **fit_options,
                 )
@@ -280,6 +286,22 @@ class CyclicTraining:
                 "directory of its own"
             )
         return stored["stages"]
+
+
+class _Whole(keras.callbacks.Callback):
+    """Tells callbacks behind it the epochs of the whole training, which `fit` does not know.
+
+    Those with `ends_each_fit` go on by the stage's own.
+    """
+
+    def __init__(self, callbacks, epochs):
+        super().__init__()
+        self.callbacks, self.epochs = callbacks, epochs
+
+    def on_train_begin(self, logs=None):
+        for callback in self.callbacks:
+            if not getattr(callback, "ends_each_fit", False):
+                callback.set_params({**callback.params, "epochs": self.epochs})
 
 
 def _exit(folder, index) -> Path:

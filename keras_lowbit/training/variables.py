@@ -6,6 +6,7 @@ import re
 
 import keras
 
+from keras_lowbit.optimizers import unwrapped
 from keras_lowbit.quantizers.sites import sites_of
 
 
@@ -20,26 +21,33 @@ def exclude_from_weight_decay(
         sgd = keras.optimizers.SGD(0.1, weight_decay=1e-4)
         model.compile(exclude_from_weight_decay(sgd, model), ...)
 
-    Like the method of the same name, which it calls, it replaces what was excluded before.
+    It replaces what was excluded before. Files of Keras do not keep it: with a loaded model, or one
+    whose optimizer has trained already, call it again before the next `fit`:
+
+        model = keras.saving.load_model("m.keras")
+        exclude_from_weight_decay(model.optimizer, model)
 
     Args:
-        optimizer: with a `weight_decay`, not built.
+        optimizer: with a `weight_decay`.
         model: a built model.
 
     Returns:
         The optimizer.
 
     Raises:
-        ValueError: the optimizer is built, or has no weight decay.
+        ValueError: the optimizer has no weight decay.
     """
-    if not optimizer.weight_decay:
+    own = unwrapped(optimizer)
+    if not own.weight_decay:
         raise ValueError(
-            f"exclude_from_weight_decay: {optimizer.name} has no weight decay: give weight_decay"
+            f"exclude_from_weight_decay: {own.name} has no weight decay: give weight_decay"
         )
     learned = {id(v) for site in sites_of(model) for v in site.quantizer.trainable_variables}
-    optimizer.exclude_from_weight_decay(
+    own.exclude_from_weight_decay(
         var_list=[v for v in model.trainable_variables if id(v) in learned or len(v.shape) <= 1]
     )
+    if getattr(model, "optimizer", None) is optimizer:
+        model.train_function = None  # a compiled step would go on as it was traced
     return optimizer
 
 

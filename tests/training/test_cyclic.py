@@ -12,11 +12,19 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_lowbit.callbacks import BitDescent, DampenOscillations
+from keras_lowbit.callbacks import BitDescent, DampenOscillations, TwoStage
 from keras_lowbit.data import AugmentedBatches
 from keras_lowbit.distillation import MutualDistiller
+from keras_lowbit.optimizers import RatedAdam
 from keras_lowbit.quantizers.sites import sites_of
-from keras_lowbit.training import CyclicTraining, Stage, StagePlan, files, stages
+from keras_lowbit.training import (
+    CyclicTraining,
+    Stage,
+    StagePlan,
+    files,
+    quantizer_rates,
+    stages,
+)
 from tests.callbacks import tiny
 from tests.training import cyclic_job
 
@@ -113,6 +121,50 @@ def test_batches_of_a_generator_serve_the_batch_norms_of_every_stage():
     model = tiny.model("w2a4", compiled=False)
     result = train(model, CyclicTraining(plan, 1), batch_norm_data=batches)
     assert len(result.rows) == 3
+
+
+class Strengths(keras.callbacks.Callback):
+    """What a `DampenOscillations` pulls with in each epoch, and how many epochs it is told of."""
+
+    def __init__(self, dampen, log):
+        super().__init__()
+        self.dampen, self.log = dampen, log
+
+    def on_epoch_begin(self, epoch, logs=None):
+        epochs = self.dampen.params["epochs"]
+        self.log.append((epochs, self.dampen.strength_at(epoch, epochs)))
+
+
+def test_schedules_run_once_over_all_stages():
+    """Two stages of two epochs: a half cosine over the four, and a switch in the second stage."""
+    model, log = tiny.model("w3a4", compiled=False), []
+    plan = StagePlan(tuple(Stage(f"w{b}", b, 4, 2, 1e-3) for b in (4, 3)))
+    dampen, switch = DampenOscillations(0.1), TwoStage(3)
+    train(
+        model,
+        CyclicTraining(plan, 1),
+        callbacks=lambda visit: [switch, dampen, Strengths(dampen, log)],
+    )
+    assert [epochs for epochs, _ in log] == [4] * 4
+    # 0.05 (1 - cos(pi e / 3))
+    np.testing.assert_allclose([s for _, s in log], [0.0, 0.025, 0.075, 0.1], atol=1e-12)
+
+
+def test_rates_of_quantizers_are_those_of_what_a_stage_trains():
+    """The rates are asked for when frozen quantizers are frozen."""
+    model = tiny.model("w3a4", compiled=False)
+    plan = StagePlan(
+        (
+            Stage("all", 4, 4, 1, 1e-3),
+            Stage("some", 3, 4, 1, 1e-3, frozen=("middle.kernel_quantizer",)),
+        )
+    )
+    result = train(
+        model,
+        CyclicTraining(plan, 1),
+        optimizer=lambda visit: RatedAdam(1e-3, rates=quantizer_rates(model, 0.1)),
+    )
+    assert len(result.rows) == 2
 
 
 def killed(**arguments):

@@ -21,7 +21,9 @@ def test_a_damaged_log_is_named(text, tmp_path):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("text", ["[]", '{"stages": []}', '{"plan": 3}', '{"plan": 3, "stages": 4}'])
+@pytest.mark.parametrize(
+    "text", ["[]", '{"stages": []}', '{"plan": 3}', '{"plan": 3, "stages": 4}']
+)
 def test_logs_of_another_shape_are_named(text, tmp_path):
     path = tmp_path / "stages.json"
     path.write_text(text)

@@ -46,6 +46,24 @@ def test_scales_with_two_axes_as_those_of_depthwise_kernels_do_not_decay():
         np.testing.assert_array_equal(numpy(variable), old)
 
 
+def test_what_a_loaded_model_trains_on_with_is_told_again():
+    """Files of Keras forget what does not decay; a loaded optimizer, built and traced, is told."""
+    model = tiny.model(compiled=False)
+    jit = keras.backend.backend() == "jax"
+    sgd = keras.optimizers.SGD(0.5, weight_decay=0.1)
+    model.compile(sgd, lambda y, p: 0.0 * ops.sum(p, axis=-1), jit_compile=jit)
+    x, y = tiny.images()
+    gain, kernel = model.get_layer("bn1").gamma, model.get_layer("middle").kernel
+    model.fit(x, y, batch_size=8, verbose=0)
+    # Three steps at 0.95 each, in float32.
+    np.testing.assert_allclose(numpy(gain), 0.95**3, rtol=1e-6)
+    assert exclude_from_weight_decay(model.optimizer, model) is sgd
+    gain_before, before = numpy(gain), numpy(kernel)
+    model.fit(x, y, batch_size=8, verbose=0)
+    np.testing.assert_array_equal(numpy(gain), gain_before)
+    np.testing.assert_allclose(numpy(kernel), before * 0.95**3, rtol=1e-6)
+
+
 def test_rates_name_the_variables_of_quantizers_and_no_others():
     model = tiny.model(compiled=False)
     rates = quantizer_rates(model, 0.01)
