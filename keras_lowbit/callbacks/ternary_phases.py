@@ -66,7 +66,8 @@ class TernaryPhases(keras.callbacks.Callback):
     sign. The gradient's re-scaling is the quantizer's: `Ternary(gradient="sigmoid")`.
 
     Everything but the weights follows from the epoch alone, so a run that resumes goes on as if
-    never killed. Training that ends in phase P leaves a model that an exporter refuses.
+    never killed. Training that ends in phase P leaves a model that an exporter refuses; so may
+    `EarlyStopping(restore_best_weights=True)`, unless `start_from_epoch=switch_epoch` is given.
 
     Lambda is 0 between epochs and after training: a later `fit` without this callback, and files
     that callbacks behind this one write, have no penalty. A `fit` that ends in an exception or by

@@ -25,8 +25,8 @@ class TwoStage(keras.callbacks.Callback):
 
     The state follows from the epoch alone, so a run that resumes goes on as if never killed. A run
     that stops in the first stage leaves a model that an exporter refuses.
-    Switches are weights: `EarlyStopping(restore_best_weights=True)` may bring those of the first stage
-    back, whose losses are often lower; give it `start_from_epoch=switch_epoch`.
+    Switches are weights: `EarlyStopping(restore_best_weights=True)` may bring back those of the
+    first stage, whose losses are often lower; give it `start_from_epoch=switch_epoch`.
 
     List it before callbacks that run the model at the beginning of an epoch. The model keeps the
     switches that this puts in (`Quantizer.add_switch`): lists of `get_weights()` get longer.

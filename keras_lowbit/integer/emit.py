@@ -219,7 +219,8 @@ class Emitter:
         if ratio >= 2.0**8 and not self.guessed:
             raise NotExportable(
                 f"{source}: the scale of {part.tensor} is {ratio:.3g} times that of the sum; "
-                "the runtime adds exactly for ratios in [2^-10, 2^8). Calibrate on more images"
+                "the runtime adds exactly for ratios in [2^-10, 2^8). Calibrate on more images; if "
+                "training shrank it, callbacks.ScaleGuard names the epoch"
             )
         if ratio > 2.0**-9.5:
             return part

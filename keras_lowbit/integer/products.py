@@ -105,6 +105,8 @@ def kernel_codes(layer, kernel, quantizer):
         width = quantizer.code_width
     except ValueError as error:
         raise NotExportable(f"{layer.name}: {error}") from error
+    if not np.all(np.isfinite(ops.convert_to_numpy(kernel))):
+        raise NotExportable(f"{layer.name}: NaN or infinite weights")
     codes, scale = quantizer.encode(ops.convert_to_tensor(kernel))
     codes = np.rint(ops.convert_to_numpy(codes)).astype(np.int64)
     channels = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import keras
 import numpy as np
@@ -12,7 +13,7 @@ from keras_lowbit import walk
 from keras_lowbit.checks import checked_choice, checked_count
 from keras_lowbit.kinds import kind_of, walk_back
 from keras_lowbit.layers.packed_kernels import kernels
-from keras_lowbit.numerics.ranges import METHODS
+from keras_lowbit.numerics.ranges import METHODS, SMALLEST_SCALE
 from keras_lowbit.progress import track
 from keras_lowbit.quantizers import Affine, Quantizer
 from keras_lowbit.transform.batches import Batches
@@ -56,6 +57,9 @@ def calibrate(
     Raises:
         ValueError: a model without quantizers, no images, NaN, shapes or input names that are not
             the model's, numbers below 1, or a data set without end and no `steps`.
+
+    Warns:
+        UserWarning: values fade away in a deep net whose batch norms have never seen data.
     """
     checked_choice(method, METHODS, who="calibrate: method")
     checked_count(batch_size, who="calibrate: batch_size", least=1)
@@ -80,10 +84,33 @@ def calibrate(
         if id(quantizer) in of_images:
             quantizer.check_images(x)
     collected = [(q, x) for q, x in collected if not (only_new and q.is_calibrated)]
+    _warn_of_fading(program, collected)
     for quantizer, x in collected:
         quantizer.fit_scale(x, method)
     leave_ties(model, [quantizer for quantizer, _ in collected])
     return snap_biases(model)
+
+
+def _warn_of_fading(program, collected):
+    """Say it where values do not reach the end of the finest grid, and are not all zero."""
+    fading = {}
+    for quantizer, x in collected:
+        top = float(np.abs(x).max(initial=0))
+        if 0 < top < SMALLEST_SCALE * quantizer.static_bounds()[1]:
+            fading[id(quantizer)] = top
+    # In the order of the model: where it begins, its cause is near.
+    for call in program.calls:
+        for quantizer in activation_quantizers(call.operation):
+            if id(quantizer) in fading:
+                warnings.warn(
+                    f"calibrate: values at {call.name} are at most {fading[id(quantizer)]:.1e}, "
+                    f"below the finest grid, as at {len(fading)} tensors of the model. Untrained "
+                    "batch norms let values fade from layer to layer: train the float model first, "
+                    "or run keras_lowbit.reestimate_batchnorm(float_model, images) before "
+                    "quantize_model",
+                    stacklevel=3,
+                )
+                return
 
 
 def _image_grids(program) -> set[int]:

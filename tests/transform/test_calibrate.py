@@ -10,7 +10,7 @@ from keras import ops
 from keras_lowbit import layers
 from keras_lowbit.integer.build import integer_graph
 from keras_lowbit.quantizers import get as quantizer_of
-from keras_lowbit.transform import calibrate, quantize_model
+from keras_lowbit.transform import calibrate, quantize_model, reestimate_batchnorm
 from keras_lowbit.transform.calibrate import uncalibrated
 
 K = keras.layers
@@ -244,6 +244,14 @@ def test_one_uncalibrated_grid_is_enough_to_refuse():
         integer_graph(model)
 
 
+def test_kernels_that_are_no_numbers_are_refused_as_such():
+    model = calibrate(net(), images())
+    layer = model.get_layer("conv")
+    layer.kernel.assign(np.full(layer.kernel.shape, np.nan, "float32"))
+    with pytest.raises(ValueError, match="conv: NaN or infinite weights"):
+        integer_graph(model)
+
+
 @pytest.mark.parametrize("scale", [-0.25, 0.0, np.nan])
 def test_a_scale_that_training_broke_is_refused_at_export_by_name(scale):
     model = calibrate(net(), images())
@@ -341,3 +349,31 @@ def test_values_that_are_not_finite_are_placed():
     model.get_layer("conv").bias.assign(np.float32([np.nan] * 4))
     with pytest.raises(ValueError, match=r"Values at relu_quantize/.* are not finite"):
         calibrate(model, images())
+
+
+def fading_net():
+    """Nine convolutions of kernels near 0.1 with batch norms that have never seen data."""
+    x = inputs = keras.Input((6, 5, 3))
+    for i in range(9):
+        small = keras.initializers.RandomUniform(-0.02, 0.02, seed=i)
+        x = keras.layers.Conv2D(3, 1, use_bias=False, kernel_initializer=small, name=f"conv{i}")(x)
+        x = keras.layers.BatchNormalization(name=f"bn{i}")(x)
+    return keras.Model(inputs, x)
+
+
+def test_values_that_fade_away_are_told_of_with_the_way_out():
+    """Each convolution keeps a few hundredths of its input."""
+    model = fading_net()
+    said = r"values at .* are at most .* train the float model first, or run .*reestimate_batchnorm"
+    with pytest.warns(UserWarning, match=said):
+        calibrate(quantize_model(model, "w8a8"), images())
+    # Any warning fails a test here.
+    calibrate(quantize_model(reestimate_batchnorm(model, images()), "w8a8"), images())
+
+
+def test_zeros_have_no_end_to_reach():
+    """A dead layer is no faded one."""
+    x = inputs = keras.Input((6, 5, 3))
+    x = keras.layers.Conv2D(3, 1, kernel_initializer="zeros", name="dead")(x)
+    model = keras.Model(inputs, keras.layers.Conv2D(2, 1, name="behind")(x))
+    calibrate(quantize_model(model, "w8a8"), images())
