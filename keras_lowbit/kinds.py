@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_lowbit import layers
 from keras_lowbit.data.augment import RandomCropFlip
+from keras_lowbit.numerics.arrays import float64_of
 from keras_lowbit.walk import Call, Ref
 
 K = keras.layers
@@ -41,10 +42,12 @@ _LAYERS = {
     K.GlobalAveragePooling2D: "global_average_pool",
     K.ZeroPadding2D: "pad",
     K.UpSampling2D: "upsample",
+    K.Cropping2D: "slice",
     K.BatchNormalization: "batch_norm",
     layers.BatchNormalization: "batch_norm",
     K.Flatten: "reshape",
     K.Reshape: "reshape",
+    K.Permute: "transpose",
     K.Dropout: "dropout",
     K.SpatialDropout2D: "dropout",
     K.Identity: "dropout",
@@ -84,7 +87,8 @@ _OPERATIONS = {
     "Mean": "global_average_pool",
     "Max": "global_max_pool",
     "Pad": "pad",  # or "filled_pad"
-    "GetItem": "strided_slice",
+    "GetItem": "slice",
+    "Transpose": "transpose",
     "Reshape": "reshape",
 }
 
@@ -116,7 +120,9 @@ REWRITES = {
     "GlobalAveragePooling1D": _ONE_AXIS.format("GlobalAveragePooling2D"),
     "UpSampling1D": _ONE_AXIS.format("UpSampling2D((n, 1))"),
     "ZeroPadding1D": _ONE_AXIS.format("ZeroPadding2D(((before, after), (0, 0)))"),
-    "Conv2DTranspose": "UpSampling2D and Conv2D",
+    "Conv2DTranspose": (
+        "Conv2D, as keras_lowbit.expand_transposed(model) does, or UpSampling2D and Conv2D,"
+    ),
     "Average": "Add and Rescaling(1 / n), for n tensors,",
     "Subtract": "Rescaling(-1.0) of the second tensor and Add",
     "LayerNormalization": "BatchNormalization",
@@ -125,6 +131,11 @@ REWRITES = {
     "ELU": "LeakyReLU or ReLU",
     "PReLU": "LeakyReLU or ReLU",
     "SpatialDropout1D": "Dropout",
+}
+# The same for calls of `keras.ops`.
+CALL_REWRITES = {
+    "Clip": "keras.layers.ReLU(n), for a clip to 0..n,",
+    "Split": "a slice for each part, such as x[..., :n],",
 }
 
 # Activations whose range is known, and so the 8-bit grid behind them: reals per code, codes 0..255.
@@ -146,7 +157,10 @@ _FUNCTIONS = {
 
 # Calls that move codes about and leave their grid alone.
 TRANSPARENT = frozenset(
-    {"max_pool", "global_max_pool", "pad", "upsample", "reshape", "dropout", "strided_slice"}
+    {
+        *("max_pool", "global_max_pool", "pad", "upsample", "dropout"),
+        *("reshape", "slice", "transpose"),
+    }
 )
 
 
@@ -191,8 +205,9 @@ def rewrite_of(call: Call) -> str | None:
     if hasattr(keras.activations, kind.__name__.lower()):
         return ACTIVATIONS
     # A minus between two tensors; to take a constant off each pixel is another matter.
-    subtracts = kind.__name__ == "Subtract" and len(call.inputs) == 2
-    return REWRITES["Subtract"] if subtracts else None
+    if kind.__name__ == "Subtract" and len(call.inputs) == 2:
+        return REWRITES["Subtract"]
+    return CALL_REWRITES.get(kind.__name__)
 
 
 def known_layers() -> list[str]:
@@ -242,14 +257,25 @@ def normalizing_of(layer: K.Normalization) -> tuple[np.ndarray, np.ndarray] | No
 
     `None` where it has numbers of its own for other axes than the last.
     """
-    mean, variance = (
-        np.asarray(ops.convert_to_numpy(x), np.float64) for x in (layer.mean, layer.variance)
-    )
+    mean, variance = float64_of(layer.mean), float64_of(layer.variance)
     if any(n != 1 for n in mean.shape[:-1]):
         return None
     deviation = np.maximum(np.sqrt(variance.reshape(-1)), keras.config.epsilon())
     mean = mean.reshape(-1)
     return (deviation, mean) if layer.invert else (1.0 / deviation, -mean / deviation)
+
+
+def batch_norm_of(layer: K.BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
+    """`(gain, shift)` of a built batch norm at inference: `gain * x + shift`, one a channel.
+
+    gain = gamma / sqrt(moving_variance + epsilon)
+    shift = beta - moving_mean * gain
+    """
+    gain = 1.0 / np.sqrt(float64_of(layer.moving_variance) + layer.epsilon)
+    if layer.scale:
+        gain = gain * float64_of(layer.gamma)
+    shift = -float64_of(layer.moving_mean) * gain
+    return gain, shift + float64_of(layer.beta) if layer.center else shift
 
 
 def _constant(value):

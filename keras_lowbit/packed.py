@@ -9,7 +9,6 @@ manifest, with the SHA-256 of both.
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import hashlib
 import io
@@ -29,6 +28,7 @@ from keras_lowbit import walk
 from keras_lowbit.layers import packed_kernels
 from keras_lowbit.quantizers.sites import layers_of
 from keras_lowbit.weights_file import Unknown, fill
+from keras_lowbit.whole_files import replacing
 
 PACKAGE = "keras_lowbit"
 FORMAT = 1
@@ -84,18 +84,15 @@ def save_packed(model: keras.Model, path) -> Packed:
             f"{model.name} has no quantized layer, so there are no codes to pack. Use "
             "keras_lowbit.quantize_model first, or model.save for a float model"
         )
-    try:
-        # A folder beside the target: os.replace only renames within one file system.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
-            full, packed = Path(folder, "full.keras"), Path(folder, "packed.keras")
-            with packed_kernels.writing() as kept:
-                keras.saving.save_model(model, full)
-            _rewrite(full, packed, kept)
-            os.replace(packed, path)
-    except OSError as error:
-        reason = os.strerror(error.errno or errno.EIO)
-        message = f"{reason}; nothing was written and an older file is untouched"
-        raise OSError(error.errno or errno.EIO, message, str(path)) from error
+    with (
+        replacing(path) as packed,
+        # Beside the target, where there is room for a file of its size.
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder,
+    ):
+        full = Path(folder, "full.keras")
+        with packed_kernels.writing() as kept:
+            keras.saving.save_model(model, full)
+        _rewrite(full, packed, kept)
     return Packed(path, path.stat().st_size, kept)
 
 

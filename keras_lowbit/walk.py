@@ -91,6 +91,10 @@ class Program:
         """How often each operation is called, by its identity; more than once is a shared layer."""
         return Counter(id(call.operation) for call in self.calls)
 
+    def input_name(self, ref: Ref) -> str:
+        """The name of the input that is a tensor."""
+        return self.input_names[[known.index for known in self.inputs].index(ref.index)]
+
     def feeds(self, batch) -> list[Any]:
         """Tensors of the inputs' types, of arrays in the order of the inputs."""
         return [

@@ -9,7 +9,9 @@ import tflite_export
 
 MODULES = (
     keras_lowbit,
+    keras_lowbit.analysis,
     keras_lowbit.callbacks,
+    keras_lowbit.data,
     keras_lowbit.distillation,
     keras_lowbit.layers,
     keras_lowbit.optimizers,

@@ -270,14 +270,6 @@ def _multiply(writer, op):
     return _Code.MUL, 2, [], options
 
 
-def _requantize(writer, op):
-    """ADD of a scalar zero: one delegated operation that rescales and clips at both ends."""
-    scale = writer.graph.tensors[op.inputs[0]].scale
-    zero = writer.constant(f"{op.output}/zero", np.zeros((), np.int8), "int8", _grid([scale], [0]))
-    code, version, constants, options = _add(writer, op)
-    return code, version, [*constants, zero], options
-
-
 def _pool(code, op):
     options = _new(schema.Pool2DOptionsT, **_window(op))
     options.filterHeight, options.filterWidth = op.pool
@@ -307,6 +299,20 @@ def _reshape(writer, op):
     return _Code.RESHAPE, 1, [constant], _new(schema.ReshapeOptionsT, newShape=list(shape))
 
 
+def _slice(writer, op):
+    shape = writer.graph.tensors[op.output].shape
+    ends = [
+        writer.constant(f"{op.output}/{name}", np.asarray(value), "int32")
+        for name, value in (("begin", op.begin), ("size", shape))
+    ]
+    return _Code.SLICE, 2, ends, schema.SliceOptionsT()
+
+
+def _transpose(writer, op):
+    order = writer.constant(f"{op.output}/order", np.asarray(op.order), "int32")
+    return _Code.TRANSPOSE, 2, [order], schema.TransposeOptionsT()
+
+
 def _softmax(writer, op):
     return _Code.SOFTMAX, 2, [], _new(schema.SoftmaxOptionsT, beta=1.0)
 
@@ -332,13 +338,14 @@ _OPERATIONS = {
     ir.FullyConnected: _fully_connected,
     ir.Add: _add,
     ir.Multiply: _multiply,
-    ir.Requantize: _requantize,
     ir.MaxPool2D: lambda writer, op: _pool(_Code.MAX_POOL_2D, op),
     ir.AveragePool2D: lambda writer, op: _pool(_Code.AVERAGE_POOL_2D, op),
     ir.Concatenate: _concatenate,
     ir.Pad: _pad,
     ir.ResizeNearest: _resize_nearest,
     ir.Reshape: _reshape,
+    ir.Slice: _slice,
+    ir.Transpose: _transpose,
     ir.Softmax: _softmax,
     ir.Logistic: _logistic,
     ir.Quantize: _quantize,

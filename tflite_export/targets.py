@@ -49,6 +49,15 @@ def _coral(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
     found = []
     if isinstance(op, ir.Product) and op.storage != "int8":
         found.append("the Edge TPU reads kernels of 8 bits only; use weights='int8'")
+    if any(n > 1 for n in shape[:-3]):
+        found.append(
+            f"on the Edge TPU only the three innermost axes may be longer than 1. Got {shape}"
+        )
+    if isinstance(op, ir.Pad) and any(map(any, (op.paddings[:-3] + op.paddings[-1:]))):
+        found.append(
+            f"the Edge TPU pads along height and width only. Got {op.paddings}; a convolution by "
+            "zeros makes channels, too"
+        )
     dilation = getattr(op, "dilation", (1, 1))
     if dilation[0] != dilation[1]:
         found.append(f"the Edge TPU dilates alike in both directions. Got {dilation}")

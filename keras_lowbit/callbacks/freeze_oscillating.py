@@ -10,6 +10,7 @@ from keras_lowbit.callbacks.penalties import kernels_with_bins
 from keras_lowbit.callbacks.schedules import half_cosine
 from keras_lowbit.checks import checked_count
 from keras_lowbit.layers.packed_kernels import Kernel
+from keras_lowbit.optimizers import unwrapped
 
 _STATE = ("codes", "direction", "frequency", "mean", "frozen")
 
@@ -130,7 +131,7 @@ class FreezeOscillating(keras.callbacks.Callback):
 
     def _was_update(self, optimizer):
         """Whether the batch moved weights; fetches a number only where some batches do not."""
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        optimizer = unwrapped(optimizer)
         if not optimizer.gradient_accumulation_steps:
             return True
         before, self._updates = self._updates, int(optimizer.iterations)

@@ -8,8 +8,8 @@ from keras import ops
 
 from keras_lowbit.checks import checked_count
 from keras_lowbit.optimizers import unwrapped
-from keras_lowbit.quantizers.base import PositiveScale
 from keras_lowbit.quantizers.sites import layers_of, sites_of
+from keras_lowbit.quantizers.state import PositiveScale
 
 # `AdamW` is one of Adam's.
 _ADAPTIVE = (keras.optimizers.Adam, keras.optimizers.Lion, keras.optimizers.RMSprop)

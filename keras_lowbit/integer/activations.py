@@ -59,7 +59,8 @@ def activation(lowering, call):
     """A clip in the operation before, or a table of its own."""
     name = activation_name(call.operation)
     if name in _PROBABILITIES:
-        value = lowering.grid_tensor(call)
+        # A table is of reals: an image may be written in pixels.
+        value = lowering.emitter.in_reals(lowering.grid_tensor(call))
         # The name is that of a layer's first call; this one may be of a tensor of another rank.
         shared = name == "softmax" and hasattr(call.operation, "axis")
         if shared and not is_last_axis(call.operation, len(value.shape)):

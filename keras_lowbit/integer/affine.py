@@ -5,16 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from keras import ops
 
 from keras_lowbit.integer.emit import identity
 from keras_lowbit.integer.values import Image, Linear, NotExportable, OnGrid
-from keras_lowbit.kinds import normalizing_of, scaling_of
-
-
-def numpy_of(variable):
-    """A variable as float64."""
-    return np.asarray(ops.convert_to_numpy(variable), np.float64)
+from keras_lowbit.kinds import batch_norm_of, normalizing_of, scaling_of
 
 
 def batch_norm(lowering, call):
@@ -26,14 +20,7 @@ def batch_norm(lowering, call):
             f"{call.name}: batch norm must run over the last axis. Got axis={layer.axis}; build it "
             "with axis=-1, for images with their channels last"
         )
-    variance = numpy_of(layer.moving_variance)
-    gain = 1.0 / np.sqrt(variance + layer.epsilon)
-    if layer.scale:
-        gain = gain * numpy_of(layer.gamma)
-    shift = -numpy_of(layer.moving_mean) * gain
-    if layer.center:
-        shift = shift + numpy_of(layer.beta)
-    return affine(value, gain, shift, call)
+    return affine(value, *batch_norm_of(layer), call)
 
 
 def normalization(lowering, call):

@@ -188,13 +188,8 @@ def _add(op, operands, grids, out):
     """
     k_a, k_b, shift = add_parameters(grids[0].scale, grids[1].scale, out.scale)
     total = _steps(operands[0], grids[0]) * k_a + _steps(operands[1], grids[1]) * k_b
-    return _shifted(total, shift, op, out)
-
-
-def _requantize(op, operands, grids, out):
-    """An addition of zero on the input's own scale."""
-    k, _, shift = add_parameters(grids[0].scale, grids[0].scale, out.scale)
-    return _shifted(_steps(operands[0], grids[0]) * k, shift, op, out)
+    steps = ops.right_shift(total + (1 << (shift - 1)), shift)
+    return _clip(ops.cast(steps, "float32"), op.activation, out)
 
 
 def _multiply(op, operands, grids, out):
@@ -206,11 +201,6 @@ def _multiply(op, operands, grids, out):
 
 def _steps(x, grid):
     return ops.cast(x, "int32") - grid.zero_point
-
-
-def _shifted(total, shift, op, out):
-    steps = ops.right_shift(total + (1 << (shift - 1)), shift)
-    return _clip(ops.cast(steps, "float32"), op.activation, out)
 
 
 def _max_pool(op, operands, grids, out):
@@ -278,6 +268,15 @@ def _reshape(op, operands, grids, out):
     return ops.reshape(operands[0], (-1, *out.shape[1:]))
 
 
+def _slice(op, operands, grids, out):
+    _, *ends = zip(op.begin, out.shape, strict=True)
+    return operands[0][:, *(slice(at, at + size) for at, size in ends)]
+
+
+def _transpose(op, operands, grids, out):
+    return ops.transpose(operands[0], op.order)
+
+
 def _dequantize(op, operands, grids, out):
     return (operands[0] - float(grids[0].zero_point)) * np.float32(grids[0].scale)
 
@@ -291,13 +290,14 @@ _SUMS: Mapping[type, Callable] = {
 _FUNCTIONS: Mapping[type, Callable] = {
     ir.Add: _add,
     ir.Multiply: _multiply,
-    ir.Requantize: _requantize,
     ir.MaxPool2D: _max_pool,
     ir.AveragePool2D: _average_pool,
     ir.Concatenate: _concatenate,
     ir.Pad: _pad,
     ir.ResizeNearest: _resize_nearest,
     ir.Reshape: _reshape,
+    ir.Slice: _slice,
+    ir.Transpose: _transpose,
     ir.Softmax: _softmax,
     ir.Logistic: _logistic,
     ir.Quantize: _quantize,

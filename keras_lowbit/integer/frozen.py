@@ -176,6 +176,8 @@ def _check(op, grids, out):
         (isinstance(op, ir.Reshape) and grids[0].shape[0] != out.shape[0])
         or (isinstance(op, ir.Pad) and any(op.paddings[0]))
         or (isinstance(op, ir.Concatenate) and op.axis in (0, -len(out.shape)))
+        or (isinstance(op, ir.Slice) and grids[0].shape[0] != out.shape[0])
+        or (isinstance(op, ir.Transpose) and op.order[0] != 0)
     )
     require(not moves_batch, "it moves the batch axis", "Keep the first axis as it is.")
     if isinstance(op, ir.Quantize) and grids[0].dtype != "float32":
@@ -184,7 +186,7 @@ def _check(op, grids, out):
         require(
             out.scale == grids[0].scale and apart == low[out.dtype] - low[grids[0].dtype] != 0,
             f"from codes it only moves between int8 and uint8 on one grid. Got {grids[0]} -> {out}",
-            "Use Requantize.",
+            "A DepthwiseConv2D of ones moves codes to any other grid.",
         )
 
 

@@ -156,15 +156,6 @@ class Multiply(Op):
 
 
 @dataclass(frozen=True, eq=False)
-class Requantize(Op):
-    """Move codes to another grid and clip: written as ADD of a scalar zero with a fused clip."""
-
-    activation: str = "none"
-
-    kind: ClassVar[str] = "requantize"
-
-
-@dataclass(frozen=True, eq=False)
 class MaxPool2D(Op):
     """Maximum of codes; input and output share one grid."""
 
@@ -218,6 +209,24 @@ class Reshape(Op):
     """Same codes in the output's shape."""
 
     kind: ClassVar[str] = "reshape"
+
+
+@dataclass(frozen=True, eq=False)
+class Slice(Op):
+    """Codes from `begin` on, as many as the output's shape has along every axis; one grid."""
+
+    begin: tuple[int, ...] = ()
+
+    kind: ClassVar[str] = "slice"
+
+
+@dataclass(frozen=True, eq=False)
+class Transpose(Op):
+    """Axis `i` of the output is axis `order[i]` of the input; one grid."""
+
+    order: tuple[int, ...] = ()
+
+    kind: ClassVar[str] = "transpose"
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,9 @@
 from __future__ import annotations
 
 from keras_lowbit import walk
-from keras_lowbit.integer import activations, affine, grids, kernels, moves
-from keras_lowbit.integer import graph as ir
+from keras_lowbit.integer import activations, affine, elementwise, grids, moves, weighted
 from keras_lowbit.integer.emit import Emitter
-from keras_lowbit.integer.values import Elementwise, Image, NotExportable, OnGrid
+from keras_lowbit.integer.values import Image, NotExportable, OnGrid
 from keras_lowbit.kinds import kind_of, known_layers, rewrite_of
 from keras_lowbit.numerics.grid import Grid
 
@@ -101,10 +100,7 @@ class Lowering:
         while call is not None and kind_of(call) in ("quantize", "dequantize"):
             ref = call.inputs[0]
             call = self.producers.get(ref.index)
-        if call is None:
-            indices = [r.index for r in self.program.inputs]
-            return self.program.input_names[indices.index(ref.index)]
-        return call.name
+        return self.program.input_name(ref) if call is None else call.name
 
 
 def _unknown(call):
@@ -118,42 +114,16 @@ def _unknown(call):
     return f"{call.name} ({type(call.operation).__name__}) has no integer form. {way_out}"
 
 
-def _add(lowering, call):
-    first, second = _two(lowering, call)
-    if first.shape != second.shape:
-        raise NotExportable(
-            f"{call.name}: only equal shapes are added. Got {first.shape} and {second.shape}; "
-            "repeat the smaller one, such as (1, 1, channels) with UpSampling2D"
-        )
-    return Elementwise(ir.Add, first, second, first.shape, call.name)
-
-
-def _multiply(lowering, call):
-    first, second = _two(lowering, call)
-    if len(first.shape) != len(second.shape):
-        raise NotExportable(
-            f"{call.name}: tensors to multiply must have as many axes. Got {first.shape} and "
-            f"{second.shape}; keep the axes (keepdims=True) or reshape"
-        )
-    return Elementwise(ir.Multiply, first, second, lowering.shape(call.output), call.name)
-
-
-def _two(lowering, call):
-    if len(call.inputs) != 2:
-        raise NotExportable(f"{call.name}: expected two tensors. Got {len(call.inputs)}")
-    return lowering.grid_tensor(call, 0), lowering.grid_tensor(call, 1)
-
-
 RULES = {
     "quantize": grids.quantize,
     "dequantize": grids.dequantize,
-    "product": kernels.product,
+    "product": weighted.product,
     "activation": activations.activation,
     "batch_norm": affine.batch_norm,
     "normalization": affine.normalization,
     "rescaling": affine.rescaling,
-    "add": _add,
-    "multiply": _multiply,
+    "add": elementwise.add,
+    "multiply": elementwise.multiply,
     "concatenate": moves.concatenate,
     "max_pool": moves.max_pool,
     "global_max_pool": moves.global_max_pool,
@@ -165,5 +135,6 @@ RULES = {
     "reshape": moves.reshape,
     "dropout": moves.same,
     "augmentation": moves.same,
-    "strided_slice": moves.strided_slice,
+    "slice": moves.slice_,
+    "transpose": moves.transpose,
 }

@@ -1,4 +1,4 @@
-"""Rules for calls that pool, pad, slice, join or reshape: what each becomes in integers."""
+"""Rules for calls that pool, pad, slice, join, turn or reshape: what each becomes in integers."""
 
 from __future__ import annotations
 
@@ -215,22 +215,84 @@ def same(lowering, call):
     return lowering.read(call)
 
 
-def strided_slice(lowering, call):
-    """`x[:, ::s, ::t, :]`: a depthwise 1x1 convolution of ones with strides."""
-    key = call.args[1] if len(call.args) > 1 else dict(call.kwargs).get("key")
-    strides = _slice_strides(key, len(call.inputs[0].shape))
-    if strides is None:
-        parts = key if isinstance(key, (tuple, list)) else [key]
-        written = ", ".join(_as_written(part) for part in parts)
+def slice_(lowering, call):
+    """`x[:, a:b:s, c:d:t, e:f]` and crops: codes inside, then every s-th and t-th of them."""
+    value, shape = lowering.read(call), lowering.shape(call.inputs[0])
+    begin, end, steps = _slice_of(call, shape)
+    inside = tuple(max(b - a, 0) for a, b in zip(begin, end, strict=True))
+    if 0 in inside:
+        raise NotExportable(f"{call.name}: nothing is left of {shape}. Got {_as_written(call)}")
+    if inside != shape:
+        name = call.name if max(steps) == 1 else f"{call.name}_inside"
+        inner = Moved(ir.Slice, (value,), {"begin": begin}, inside, call.name)
+        value = _staying(lowering, inner, name)
+    if max(steps) == 1:
+        return value
+    # As a product that keeps codes: the runtime's own slices with steps are not delegated.
+    attributes = {"strides": steps[1:3], "padding": "VALID"}
+    result = lowering.shape(call.output)
+    strided = Moved(ir.DepthwiseConv2D, (value,), attributes, result, call.name)
+    return _staying(lowering, strided, call.name)
+
+
+def transpose(lowering, call):
+    """Codes with their axes in another order."""
+    operation, rank = call.operation, len(call.inputs[0].shape)
+    axes = (0, *operation.dims) if hasattr(operation, "dims") else operation.axes
+    order = tuple(range(rank))[::-1] if axes is None else tuple(int(a) % rank for a in axes)
+    if order[0] != 0:
         raise NotExportable(
-            f"{call.name}: only x[:, ::s, ::t, :] is supported. Got x[{written}]; "
-            "crop, turn and reorder images before the model; means and deviations of channels may "
-            "be a Normalization layer, or preprocessing= of the export"
+            f"{call.name}: the first axis counts images and stays where it is. Got axes={order}"
         )
-    return _moved(lowering, call, ir.DepthwiseConv2D, strides=strides, padding="VALID")
+    return _moved(lowering, call, ir.Transpose, order=order)
 
 
-def _as_written(part):
+def _slice_of(call, shape):
+    """`(begin, end, steps)` by axis; refuses what is no plain crop."""
+    if hasattr(call.operation, "cropping"):
+        _check_layout(call)
+        crops = ((0, 0), *call.operation.cropping, (0, 0))
+        begin = tuple(int(before) for before, _ in crops)
+        end = tuple(n - int(after) for n, (_, after) in zip(shape, crops, strict=True))
+        return begin, end, (1,) * len(shape)
+    parts = list(_key(call))
+    if Ellipsis in parts:
+        at, missing = parts.index(Ellipsis), len(shape) + 1 - len(parts)
+        parts[at : at + 1] = [slice(None)] * missing
+    parts += [slice(None)] * (len(shape) - len(parts))
+    plain = all(isinstance(p, slice) and (p.step or 1) > 0 for p in parts)
+    found = [p.indices(n) for p, n in zip(parts, shape, strict=True)] if plain else []
+    steps = tuple(step for _, _, step in found)
+    if not plain or not _is_whole(parts[0]) or (max(steps) > 1 and not _is_strided(steps)):
+        raise NotExportable(
+            f"{call.name}: only slices that step forward, x[:, a:b:s, c:d:t, e:f], have an integer "
+            f"form. Got {_as_written(call)}; turn and reorder images before the model; means and "
+            "deviations of channels may be a Normalization layer, or preprocessing= of the export"
+        )
+    return *(tuple(ends) for ends in list(zip(*found, strict=True))[:2]), steps
+
+
+def _is_whole(part):
+    return part.start in (None, 0) and part.stop is None and part.step in (None, 1)
+
+
+def _is_strided(steps):
+    return len(steps) == 4 and steps[0] == steps[3] == 1
+
+
+def _key(call):
+    key = call.args[1] if len(call.args) > 1 else dict(call.kwargs).get("key")
+    return key if isinstance(key, (tuple, list)) else (key,)
+
+
+def _as_written(call):
+    """The call as a slice, `x[:, 1:, ::2, ...]`, or as a layer."""
+    if hasattr(call.operation, "cropping"):
+        return f"cropping={call.operation.cropping}"
+    return f"x[{', '.join(map(_part_as_written, _key(call)))}]"
+
+
+def _part_as_written(part):
     """A part of a slice's key: `1:`, `::2`, `...` or an index."""
     if part is Ellipsis:
         return "..."
@@ -238,15 +300,3 @@ def _as_written(part):
         return str(part)
     start, stop, step = ("" if n is None else str(n) for n in (part.start, part.stop, part.step))
     return f"{start}:{stop}:{step}" if step else f"{start}:{stop}"
-
-
-def _slice_strides(key, rank):
-    parts = list(key) if isinstance(key, (tuple, list)) else [key]
-    parts = [p for p in parts if p is not Ellipsis]
-    if rank != 4 or not all(isinstance(p, slice) for p in parts):
-        return None
-    if any(p.start not in (None, 0) or p.stop is not None for p in parts):
-        return None
-    steps = [p.step or 1 for p in parts] + [1] * (4 - len(parts))
-    forward = min(steps) > 0 and steps[0] == steps[3] == 1
-    return (steps[1], steps[2]) if forward else None

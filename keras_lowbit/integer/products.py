@@ -7,6 +7,8 @@ from keras import ops
 
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.values import Linear, NotExportable, OnGrid
+from keras_lowbit.layers.packed_kernels import Kernel
+from keras_lowbit.numerics.arrays import float64_of
 
 SMALLEST_MULTIPLIER = 2.0**-30
 LARGEST_MULTIPLIER = 255.5  # the runtime refuses 256
@@ -97,32 +99,26 @@ def _with_whole_biases(kernel, scale, bias):
     return signs * code_by_output, scale * largest / code
 
 
-def kernel_codes(layer, kernel, quantizer):
+def kernel_codes(layer, kernel: Kernel):
     """`(integer codes, true scales by output channel, bits that hold the codes)` of a kernel."""
+    quantizer = kernel.quantizer
     if quantizer is None:
         raise NotExportable(f"{layer.name}: its kernel has no quantizer, it would stay float")
     try:
         width = quantizer.code_width
     except ValueError as error:
         raise NotExportable(f"{layer.name}: {error}") from error
-    if not np.all(np.isfinite(ops.convert_to_numpy(kernel))):
+    if not np.all(np.isfinite(ops.convert_to_numpy(kernel.latent))):
         raise NotExportable(f"{layer.name}: NaN or infinite weights")
-    codes, scale = quantizer.encode(ops.convert_to_tensor(kernel))
+    codes, scale = quantizer.encode(ops.convert_to_tensor(kernel.latent))
     codes = np.rint(ops.convert_to_numpy(codes)).astype(np.int64)
-    channels = (
-        codes.shape[-1] * codes.shape[-2] if _is_depthwise(layer, kernel) else codes.shape[-1]
-    )
+    channels = codes.shape[-1] * (codes.shape[-2] if kernel.depthwise else 1)
     if width > 8 or codes.min(initial=0) < -128 or codes.max(initial=0) > 127:
         raise NotExportable(
             f"{layer.name}: kernel codes of {quantizer.bits} bits; files hold at most 8. Quantize "
             "it with 8 bits or fewer"
         )
-    scale = np.asarray(ops.convert_to_numpy(scale), np.float64)
+    scale = float64_of(scale)
     if not np.all(np.isfinite(scale)) or not np.all(scale > 0):
         raise NotExportable(f"{layer.name}: kernel scales are not positive and finite")
     return codes, np.broadcast_to(scale.reshape(-1), (channels,)).copy(), width
-
-
-def _is_depthwise(layer, kernel):
-    depthwise = getattr(layer, "depthwise_kernel", None)
-    return kernel is depthwise or type(layer).__name__ == "QuantizedDepthwiseConv2D"

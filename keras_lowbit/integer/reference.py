@@ -165,12 +165,6 @@ def multiply(op, operands, grids, out):
     return np.clip(codes, *activation_bounds(op.activation, out.scale, out.zero_point, out.dtype))
 
 
-def requantize(op, operands, grids, out):
-    """An addition of zero on the input's own scale."""
-    zero = ir.Tensor("zero", (), scale=grids[0].scale)
-    return add(op, [operands[0], np.int32(0)], [grids[0], zero], out)
-
-
 def max_pool_2d(op, operands, grids, out):
     """Largest code of each window; padding never wins."""
     taps = _taps(operands[0], op.pool, op.strides, (1, 1), op.padding, fill=-1024)
@@ -207,6 +201,17 @@ def reshape(op, operands, grids, out):
     return operands[0].reshape(-1, *out.shape[1:])
 
 
+def slice_(op, operands, grids, out):
+    """The codes inside; the first axis stays the samples."""
+    _, *ends = zip(op.begin, out.shape, strict=True)
+    return operands[0][:, *(slice(at, at + size) for at, size in ends)]
+
+
+def transpose(op, operands, grids, out):
+    """The codes with their axes in another order."""
+    return operands[0].transpose(op.order)
+
+
 def softmax(op, operands, grids, out):
     """`256 p - 128`, half away from zero, in float32 and in the order in which the runtime sums.
 
@@ -235,7 +240,8 @@ def quantize(op, operands, grids, out):
     if shift == 0 or grid.scale != out.scale or grid.zero_point + shift != out.zero_point:
         raise ValueError(
             f"quantize {op.output}: from codes it only moves between int8 and uint8, on one scale "
-            f"with zero points 128 apart. Got {grid} and {out}; use Requantize."
+            f"with zero points 128 apart. Got {grid} and {out}; a DepthwiseConv2D of ones moves "
+            "codes to any other grid."
         )
     return x + shift
 
@@ -255,13 +261,14 @@ _FUNCTIONS = {
     ir.FullyConnected: fully_connected,
     ir.Add: add,
     ir.Multiply: multiply,
-    ir.Requantize: requantize,
     ir.MaxPool2D: max_pool_2d,
     ir.AveragePool2D: average_pool_2d,
     ir.Concatenate: concatenate,
     ir.Pad: pad,
     ir.ResizeNearest: resize_nearest,
     ir.Reshape: reshape,
+    ir.Slice: slice_,
+    ir.Transpose: transpose,
     ir.Softmax: softmax,
     ir.Logistic: logistic,
     ir.Quantize: quantize,

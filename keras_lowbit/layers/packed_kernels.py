@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -45,11 +46,13 @@ class Kernel:
         part: `""`, or `"depthwise"` and `"pointwise"` of a separable layer.
         latent: the float variable.
         quantizer: its quantizer; `None` for a kernel that stays float.
+        depthwise: whether it is `(h, w, c, multiplier)`, one filter an output channel `c * m + j`.
     """
 
     part: str
     latent: Any
     quantizer: Any
+    depthwise: bool = False
 
     def codes(self) -> tuple[np.ndarray, np.ndarray]:
         """Codes (int8; int16 above 8 bits) and float32 scale that the layer computes with.
@@ -61,9 +64,15 @@ class Kernel:
 
 
 def kernels(layer) -> list[Kernel]:
-    """The kernels of a quantized layer."""
+    """The kernels of a quantized layer, in the order of their products."""
+    alone = isinstance(layer, keras.layers.DepthwiseConv2D)
     return [
-        Kernel(part, getattr(layer, variable), getattr(layer, argument))
+        Kernel(
+            part,
+            getattr(layer, variable),
+            getattr(layer, argument),
+            depthwise=alone or part == "depthwise",
+        )
         for argument, (part, variable) in _PARTS.items()
         if hasattr(layer, argument)
     ]

@@ -1,4 +1,4 @@
-"""Codes of few bits as bytes: a dense bit stream, low bits first; ternary codes five a byte.
+"""Codes of few bits as bytes: a dense bit stream, low bits first.
 
 For 4 bits this is the int4 of TFLite (two codes a byte, low nibble first), for 2 bits its int2.
 """
@@ -8,9 +8,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-
-TRITS_PER_BYTE = 5  # 3^5 = 243 <= 256
-_TRIT_WEIGHTS = 3 ** np.arange(TRITS_PER_BYTE)
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -78,41 +75,6 @@ def unpack(data, bits: int, shape, *, signed: bool = True) -> np.ndarray:
         return (codes.astype(np.int8) * 2 - 1).astype(np.int8)
     half = 1 << (bits - 1)
     return ((codes.astype(np.int16) ^ half) - half).astype(np.int8)
-
-
-def pack_ternary(codes) -> np.ndarray:
-    """Pack codes -1, 0, 1 five a byte.
-
-        byte = sum_j (code[5 * i + j] + 1) * 3^j
-
-    Returns:
-        uint8 vector of `ceil(codes.size / 5)` bytes.
-
-    Raises:
-        ValueError: for other codes.
-    """
-    codes = np.asarray(codes).reshape(-1)
-    _check_codes(codes, (-1, 0, 1), "ternary")
-    trits = np.zeros((-(-codes.size // TRITS_PER_BYTE), TRITS_PER_BYTE), np.int64)
-    trits.reshape(-1)[: codes.size] = codes + 1
-    return (trits @ _TRIT_WEIGHTS).astype(np.uint8)
-
-
-def unpack_ternary(data, shape) -> np.ndarray:
-    """Inverse of `pack_ternary`.
-
-    Returns:
-        int8 array of shape `shape`.
-
-    Raises:
-        ValueError: for data of another size, or a byte above 242, which no codes give.
-    """
-    count = math.prod(shape)
-    data = _as_bytes(data, -(-count // TRITS_PER_BYTE), f"{count} ternary codes")
-    if data.size and data.max() >= 3**TRITS_PER_BYTE:
-        raise ValueError(f"Packed ternary codes: byte {data.max()} is above 242; data is damaged.")
-    trits = data[:, None] // _TRIT_WEIGHTS % 3
-    return (trits.reshape(-1)[:count] - 1).astype(np.int8).reshape(shape)
 
 
 def _allowed(bits, signed):

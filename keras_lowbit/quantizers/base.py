@@ -10,11 +10,11 @@ from keras import ops
 
 from keras_lowbit.numerics import backend, ranges, uniform
 from keras_lowbit.numerics.grid import MAX_BITS, ROLES, Grid, check_bits, code_bounds
+from keras_lowbit.quantizers.state import PositiveScale, constant, count_features
+from keras_lowbit.quantizers.switch import Switched
 
-PACKAGE = "keras_lowbit"
 
-
-class Quantizer(keras.layers.Layer):
+class Quantizer(Switched, keras.layers.Layer):
     """Turns reals into whole-number codes with a scale, `real = scale * code`.
 
     Everything a schedule moves (`bits`) is a non-trainable variable, so compiled steps see it.
@@ -32,6 +32,8 @@ class Quantizer(keras.layers.Layer):
             pass the others by.
         largest_bits: bits that `set_bits` takes at most.
         fits_data: whether `fit_scale` looks at data; `calibrate` leaves the others on.
+        counts_shares: whether `fit_scale` looks at how many values lie where.
+        keeps_channels: whether `fit_scale` takes `(n, channels)`, positions with their channels.
         pad_code: the code that SAME padding puts around a tensor.
         unsaved: names of the variables that are in no file.
 
@@ -52,7 +54,8 @@ class Quantizer(keras.layers.Layer):
     breaks: frozenset[str] = frozenset()
     moves_bits = True
     fits_data = True
-    counts_shares = False  # whether `fit_scale` looks at how many values lie where
+    counts_shares = False
+    keeps_channels = False
     pad_code = 0
     unsaved = frozenset({"switch", "pull"})
     scale = None
@@ -85,14 +88,9 @@ class Quantizer(keras.layers.Layer):
         # Set while `calibrate` looks: called with (quantizer, reals); they pass unchanged unless it
         # returns True.
         self.observer = None
-        # Only where asked for: a quantizer that nobody switches computes nothing more.
-        self.switch = None
-        self.pull = None
         self._initially_enabled = bool(enabled)
         # Set inside `at_rest`.
         self.resting = False
-        # Set by whoever switches off for a step and on again: a config does not remember it.
-        self.off_for_a_step = False
         self.axis = (axis,) if isinstance(axis, int) else None if axis is None else tuple(axis)
 
     def build(self, input_shape):
@@ -105,70 +103,6 @@ class Quantizer(keras.layers.Layer):
         if not self._initially_enabled:
             self.switch = self.add_state("switch", 0.0)
 
-    def add_switch(self) -> bool:
-        """Create the variable `switch`, on; `set_enabled` moves it and compiled steps see it.
-
-        While it is off, reals pass unchanged with the scale 1, so that the gradient to `x` is 1,
-        and all other gradients are 0. A step compiled before does not know the switch: compile
-        again, or add switches to a whole model by `callbacks.switches.add_switches`.
-
-        The switch is no weight in files: they are those of a model without. A config remembers
-        that it is off. In `get_weights()` it is one: lists taken before and clones made later are
-        shorter. Go back to a start by a file, or by a list taken after `add_switch`.
-
-        Returns:
-            Whether the variable is new.
-
-        Raises:
-            ValueError: the quantizer is not built.
-        """
-        if self.switch is not None:
-            return False
-        self.switch = self._add_late("switch", 1.0)
-        return True
-
-    def add_pull(self) -> None:
-        """Create the variable `pull`, 0: the strength of a penalty on the kernel.
-
-        Here, because compiled steps see variables of layers only. It is no weight in files. A
-        quantizer that has one keeps it.
-
-        Raises:
-            ValueError: the quantizer is not built.
-        """
-        if self.pull is None:
-            self.pull = self._add_late("pull", 0.0)
-
-    def _add_late(self, name, value):
-        if not self.built:
-            raise ValueError(f"{self.name}: build the model before its quantizers get a {name}")
-        self._tracker.unlock()  # a built layer takes no variables otherwise
-        try:
-            return self.add_state(name, value)
-        finally:
-            self._tracker.lock()
-
-    @property
-    def enabled(self) -> bool:
-        """Whether reals are quantized now."""
-        if self.switch is None:
-            return self._initially_enabled
-        return bool(ops.convert_to_numpy(self.switch) > 0.5)
-
-    def set_enabled(self, enabled: bool) -> None:
-        """Switch quantization on or off; compiled steps see it.
-
-        Raises:
-            ValueError: off, without a switch.
-        """
-        if self.switch is not None:
-            self.switch.assign(float(enabled))
-        elif not enabled:
-            raise ValueError(
-                f"{self.path or self.name} has no switch: call add_switch() before the model is "
-                "compiled"
-            )
-
     def add_state(self, name, value, shape=(), *, trainable=False, **options):
         """A variable that starts at `value` and stays float32 under mixed precision."""
         with backend.unscoped():
@@ -176,7 +110,7 @@ class Quantizer(keras.layers.Layer):
                 name=name,
                 shape=shape,
                 trainable=trainable,
-                initializer=_constant(value),
+                initializer=constant(value),
                 autocast=False,
                 **options,
             )
@@ -363,14 +297,6 @@ class Quantizer(keras.layers.Layer):
             )
         return Grid(scale, lo, hi, self.bits)
 
-    def _check_enabled(self):
-        # What an exporter reads of every quantizer asks here: reals never pass for codes.
-        if not self.enabled:
-            raise ValueError(
-                f"{self.path or self.name}: quantization is switched off, so there are no codes "
-                "to export. Train to the stage that quantizes it, or call set_enabled(True)"
-            )
-
     def save_own_variables(self, store):
         """All variables but those of `unsaved`."""
         for i, variable in enumerate(self._stored()):
@@ -406,40 +332,3 @@ class Quantizer(keras.layers.Layer):
             # Left out where it is on, so that files are those of earlier versions.
             **({} if self.enabled or self.off_for_a_step else {"enabled": False}),
         }
-
-
-def _constant(value):
-    """An initializer from NumPy: on JAX `keras.initializers.Constant` compiles for each shape."""
-    return lambda shape, dtype: ops.convert_to_tensor(np.full(shape, value, dtype), dtype=dtype)
-
-
-def count_features(shape, role, axis=None) -> float | None:
-    """N of a gradient's damping: weights of a kernel, or features of one sample.
-
-    With `axis`, those that share the indices along it. `None` where another axis is dynamic: then
-    the call counts.
-    """
-    counted = shape if role == "kernel" else shape[1:]
-    if any(n is None for n in counted):
-        return None
-    total = float(np.prod(counted, dtype=float))
-    if axis is not None:
-        total /= float(np.prod([shape[a] for a in axis], dtype=float))
-    return max(total, 1.0)
-
-
-@keras.saving.register_keras_serializable(package=PACKAGE)
-class PositiveScale(keras.constraints.Constraint):
-    """Keeps a scale at or above `smallest` after an optimizer's step."""
-
-    def __init__(self, smallest=1e-8):
-        self.smallest = smallest
-
-    def __call__(self, w):
-        """`max(w, smallest)`; NaN stays NaN, for the guard that names the layer."""
-        w = ops.convert_to_tensor(w)
-        return ops.where(w < self.smallest, self.smallest, w)
-
-    def get_config(self):
-        """Arguments of the constructor."""
-        return {"smallest": self.smallest}

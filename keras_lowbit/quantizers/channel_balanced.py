@@ -8,8 +8,8 @@ from keras import ops
 
 from keras_lowbit.checks import checked_choice
 from keras_lowbit.numerics import ranges
-from keras_lowbit.quantizers.base import PACKAGE
 from keras_lowbit.quantizers.lsq import LSQ
+from keras_lowbit.quantizers.state import PACKAGE
 
 AGGREGATES = ("mean", "median", "trimmed")
 # Channels of less variance say nothing about the scale.

@@ -8,7 +8,8 @@ from keras import ops
 
 from keras_lowbit.numerics import ranges, uniform
 from keras_lowbit.numerics.grid import MAGNITUDE_BITS, MAX_BITS, check_bits, code_bounds
-from keras_lowbit.quantizers.base import PACKAGE, Quantizer
+from keras_lowbit.quantizers.base import Quantizer
+from keras_lowbit.quantizers.state import PACKAGE
 
 _TINY = 1e-12
 

@@ -8,11 +8,13 @@ from keras import ops
 
 from keras_lowbit.checks import checked_choice
 from keras_lowbit.numerics import uniform
+from keras_lowbit.numerics.arrays import float64_of
 from keras_lowbit.numerics.grid import check_bits
 from keras_lowbit.numerics.ranges import SMALLEST_SCALE
-from keras_lowbit.quantizers.base import PACKAGE, Quantizer
+from keras_lowbit.quantizers.base import Quantizer
 from keras_lowbit.quantizers.level_modes import MODES, SELECTOR_BITS
 from keras_lowbit.quantizers.lloyd import NOTHING, levels_of
+from keras_lowbit.quantizers.state import PACKAGE
 
 MOST_BITS = 8
 INITS = ("lloyd", "uniform")
@@ -189,7 +191,7 @@ class Levels(Quantizer):
 
     def snap(self) -> None:
         """Put the levels on the int8 grid `scale = max |v| / 127`; they rest from now on."""
-        levels = np.float64(ops.convert_to_numpy(self.levels()))
+        levels = float64_of(self.levels())
         scale = np.maximum(np.abs(levels).max(axis=0) / LARGEST_CODE, SMALLEST_SCALE)
         scale = np.float32(scale)
         self.snapped_codes.assign(np.rint(levels / scale).astype(np.float32))

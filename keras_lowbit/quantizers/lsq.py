@@ -9,7 +9,8 @@ from keras_lowbit.checks import checked_choice
 from keras_lowbit.numerics import uniform
 from keras_lowbit.numerics.bend import bend
 from keras_lowbit.numerics.grid import code_bounds
-from keras_lowbit.quantizers.base import PACKAGE, Quantizer, count_features
+from keras_lowbit.quantizers.base import Quantizer
+from keras_lowbit.quantizers.state import PACKAGE, count_features
 
 GRADIENTS = ("ste", "ewgs")
 

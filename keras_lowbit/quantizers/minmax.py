@@ -7,7 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.numerics.ranges import SMALLEST_SCALE
-from keras_lowbit.quantizers.base import PACKAGE, Quantizer
+from keras_lowbit.quantizers.base import Quantizer
+from keras_lowbit.quantizers.state import PACKAGE
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

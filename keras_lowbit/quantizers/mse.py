@@ -5,7 +5,8 @@ from __future__ import annotations
 import keras
 
 from keras_lowbit.numerics import ranges
-from keras_lowbit.quantizers.base import PACKAGE, Quantizer
+from keras_lowbit.quantizers.base import Quantizer
+from keras_lowbit.quantizers.state import PACKAGE
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

@@ -7,7 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.numerics import ranges, uniform
-from keras_lowbit.quantizers.base import PACKAGE, PositiveScale, Quantizer
+from keras_lowbit.quantizers.base import Quantizer
+from keras_lowbit.quantizers.state import PACKAGE, PositiveScale
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

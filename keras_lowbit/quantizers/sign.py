@@ -8,7 +8,8 @@ from keras import ops
 
 from keras_lowbit.numerics import uniform
 from keras_lowbit.numerics.grid import Grid, check_bits
-from keras_lowbit.quantizers.base import PACKAGE, Quantizer
+from keras_lowbit.quantizers.base import Quantizer
+from keras_lowbit.quantizers.state import PACKAGE
 
 BITS = 1
 

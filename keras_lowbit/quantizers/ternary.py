@@ -10,7 +10,8 @@ from keras_lowbit.checks import checked_choice
 from keras_lowbit.numerics import ternary, uniform
 from keras_lowbit.numerics.grid import check_bits
 from keras_lowbit.numerics.ranges import SMALLEST_SCALE
-from keras_lowbit.quantizers.base import PACKAGE, PositiveScale, Quantizer
+from keras_lowbit.quantizers.base import Quantizer
+from keras_lowbit.quantizers.state import PACKAGE, PositiveScale
 
 BITS = 2
 THRESHOLDS = ("twn", "quantile", "learned")

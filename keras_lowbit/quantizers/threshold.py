@@ -10,7 +10,8 @@ from keras import ops
 
 from keras_lowbit.numerics import ranges, uniform
 from keras_lowbit.numerics.grid import code_bounds
-from keras_lowbit.quantizers.base import PACKAGE, Quantizer
+from keras_lowbit.quantizers.base import Quantizer
+from keras_lowbit.quantizers.state import PACKAGE
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

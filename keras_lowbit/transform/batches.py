@@ -14,7 +14,7 @@ from keras_lowbit.checks import checked_count
 INFINITE = -1  # what `cardinality` of an endless `tf.data.Dataset` gives
 
 
-class Batches:
+class CheckedBatches:
     """Checked batches, read one by one: iterate once.
 
     Args:
@@ -100,12 +100,12 @@ class Batches:
 
 
 def checked_batches(program, images, batch_size, steps=None) -> list[list[np.ndarray]]:
-    """All `Batches` at once, for what goes through them several times.
+    """All `CheckedBatches` at once, for what goes through them several times.
 
     Raises:
-        ValueError: as `Batches`.
+        ValueError: as `CheckedBatches`.
     """
-    return list(Batches(program, images, batch_size, steps))
+    return list(CheckedBatches(program, images, batch_size, steps))
 
 
 def _are_arrays(images):

@@ -16,7 +16,7 @@ from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.numerics.ranges import METHODS, SMALLEST_SCALE
 from keras_lowbit.progress import track
 from keras_lowbit.quantizers import Affine, Quantizer
-from keras_lowbit.transform.batches import Batches
+from keras_lowbit.transform.batches import CheckedBatches
 from keras_lowbit.transform.kernels import fit_kernels
 from keras_lowbit.transform.leave_ties import leave_ties
 from keras_lowbit.transform.plan import OF_IMAGES
@@ -28,8 +28,15 @@ _ACTIVATION_QUANTIZERS = ("quantizer", "input_quantizer", "between_quantizer", "
 
 
 def calibrate(
-    model, images, *, method="mse", batch_size=32, steps=None, samples=SAMPLES, only_new=False
-):
+    model: keras.Model,
+    images,
+    *,
+    method: str = "mse",
+    batch_size: int = 32,
+    steps: int | None = None,
+    samples: int = SAMPLES,
+    only_new: bool = False,
+) -> keras.Model:
     """Set the scales of all activation grids from images, in place.
 
     Images run through the model with quantized kernels and float activations (signs stay signs);
@@ -71,7 +78,7 @@ def calibrate(
             f"calibrate: {model.name} has no quantizer. Pass what quantize_model(model) returns; "
             "frozen models have their scales"
         )
-    batches = Batches(program, images, batch_size, steps)
+    batches = CheckedBatches(program, images, batch_size, steps)
     for call in program.calls:
         fit_kernels(call.operation)
     reservoir = _Reservoir(samples, batches.images, method)
@@ -144,7 +151,7 @@ class _Reservoir:
                 f"Values at {quantizer.path or quantizer.name} are not finite: check images and "
                 "weights of the float model"
             )
-        if getattr(quantizer, "keeps_channels", False):
+        if quantizer.keeps_channels:
             self._add_rows(quantizer, x)
             return
         if flat.shape[1] > self.share:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import keras
 
+from keras_lowbit import walk
+from keras_lowbit.named_outputs import model_of
+
 
 def inputs_like(program) -> list:
     """`keras.Input` for each input of a program, of its name, type and batch size."""
@@ -88,6 +91,38 @@ def _own(original, key, value):
         return value
     # Layers have weights, which copies do not share.
     return value if isinstance(held, keras.layers.Layer) else held
+
+
+def rebuilt_model(program, replace, name) -> keras.Model:
+    """A copy of a program's float model with some calls replaced.
+
+    Args:
+        program: a `walk.Program`.
+        replace: `(call, arguments)` to the new tensors, or to `None` for a copy of the call.
+        name: name of the new model.
+    """
+    clones: dict[int, object] = {}
+
+    def execute(call, args, kwargs):
+        made = replace(call, args)
+        if made is not None:
+            return made
+        original = call.operation
+        operation = clones.get(id(original))
+        if operation is None:
+            config = config_of(original)
+            if isinstance(original, keras.layers.Layer):
+                config["name"] = call.plain
+            operation = clones[id(original)] = rebuilt(original, config)
+        results = operation(*args, **kwargs)
+        if isinstance(original, keras.layers.Layer) and original.weights:
+            set_weights(operation, original.get_weights())
+        return results
+
+    inputs = inputs_like(program)
+    values = walk.run(program, inputs, execute)
+    outputs = walk.substitute(program.outputs, values)
+    return model_of(inputs if len(inputs) > 1 else inputs[0], outputs, name, program.output_names)
 
 
 def set_weights(layer, weights):

@@ -11,6 +11,7 @@ Reference:
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -22,7 +23,7 @@ from keras_lowbit.transform.calibrate import uncalibrated
 from keras_lowbit.transform.snap_biases import snap_biases
 
 
-def correct_biases(model, float_model, images):
+def correct_biases(model: keras.Model, float_model: keras.Model, images) -> keras.Model:
     """Match the channel means of a quantized model to those of its float model, in place.
 
     Layers that are called several times stay as they are: they have one bias and several means.

@@ -13,17 +13,15 @@ from dataclasses import dataclass, field
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_lowbit import walk
-from keras_lowbit.kinds import activation_name, kind_of
-from keras_lowbit.named_outputs import model_of
+from keras_lowbit.kinds import activation_name, batch_norm_of, kind_of
+from keras_lowbit.numerics.arrays import float64_of
 from keras_lowbit.transform.copies import (
     config_of,
-    inputs_like,
     rebuilt,
+    rebuilt_model,
     refuse_changed,
-    set_weights,
 )
 
 _FOLDABLE = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
@@ -50,7 +48,9 @@ class FoldReport:
     declined: tuple[Declined, ...] = ()
 
 
-def fold_batchnorm(model: keras.Model, *, return_report=False, name=None):
+def fold_batchnorm(
+    model: keras.Model, *, return_report: bool = False, name: str | None = None
+) -> keras.Model | tuple[keras.Model, FoldReport]:
     """A copy of a float model with batch norms folded into the layers in front of them.
 
     Outputs in inference are the same up to float32 rounding. A folded layer has a bias, and its
@@ -125,49 +125,29 @@ def _objection(norm, layer, readers, outputs, times):
 def _rebuild(program, pairs, name):
     norm_of = {id(layer): norm.operation for norm, layer in pairs}
     gone = {id(norm) for norm, _ in pairs}
-    clones: dict[int, object] = {}
 
-    def execute(call, args, kwargs):
+    def replace(call, args):
         if id(call) in gone:
             return args[0]
+        if id(call) not in norm_of:
+            return None
         original = call.operation
-        operation = clones.get(id(original))
-        if operation is None:
-            config = config_of(original)
-            if isinstance(original, keras.layers.Layer):
-                config["name"] = call.plain
-            if id(call) in norm_of:
-                config["use_bias"] = True
-            operation = clones[id(original)] = rebuilt(original, config)
-        results = operation(*args, **kwargs)
-        if id(call) in norm_of:
-            operation.set_weights(_folded(original, norm_of[id(call)]))
-        elif isinstance(original, keras.layers.Layer) and original.weights:
-            set_weights(operation, original.get_weights())
+        layer = rebuilt(original, {**config_of(original), "name": call.plain, "use_bias": True})
+        results = layer(*args)
+        layer.set_weights(_folded(original, norm_of[id(call)]))
         return results
 
-    inputs = inputs_like(program)
-    values = walk.run(program, inputs, execute)
-    outputs = walk.substitute(program.outputs, values)
-    return model_of(inputs if len(inputs) > 1 else inputs[0], outputs, name, program.output_names)
+    return rebuilt_model(program, replace, name)
 
 
 def _folded(layer, norm):
     """`[kernel, bias]` with the batch norm inside, computed in float64."""
-    gain = 1.0 / np.sqrt(_float64(norm.moving_variance) + norm.epsilon)
-    if norm.scale:
-        gain = gain * _float64(norm.gamma)
-    kernel = _float64(layer.kernel)
-    bias = _float64(layer.bias) if layer.use_bias else np.zeros_like(gain)
-    bias = (bias - _float64(norm.moving_mean)) * gain
-    if norm.center:
-        bias = bias + _float64(norm.beta)
+    gain, bias = batch_norm_of(norm)
+    kernel = float64_of(layer.kernel)
+    if layer.use_bias:
+        bias = bias + gain * float64_of(layer.bias)
     if isinstance(layer, keras.layers.DepthwiseConv2D):
         kernel = kernel * gain.reshape(kernel.shape[-2:])
     else:
         kernel = kernel * gain
     return [kernel.astype(np.float32), bias.astype(np.float32)]
-
-
-def _float64(variable):
-    return np.asarray(ops.convert_to_numpy(variable), np.float64)

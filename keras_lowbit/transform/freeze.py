@@ -10,7 +10,12 @@ from keras_lowbit.integer.build import integer_graph
 
 
 def freeze(
-    model, *, input_type=None, output_type="float32", weights="int8", preprocessing=None
+    model: keras.Model,
+    *,
+    input_type: str | None = None,
+    output_type: str = "float32",
+    weights: str = "int8",
+    preprocessing=None,
 ) -> keras.Model:
     """The inference model: integer arithmetic in `keras.ops`, equal to the exported file.
 

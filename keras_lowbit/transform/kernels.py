@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from keras import ops
 
-from keras_lowbit import layers
 from keras_lowbit.layers.packed_kernels import kernels
 
 
@@ -36,7 +35,7 @@ def absorb_offset(layer, offset):
     total = None
     for kernel in kernels(layer):
         latent = ops.convert_to_numpy(kernel.latent)
-        if kernel.part == "depthwise" or isinstance(layer, layers.QuantizedDepthwiseConv2D):
+        if kernel.depthwise:
             total = latent.sum(axis=(0, 1)).reshape(-1)
         else:
             # A pointwise kernel behind a depthwise one weighs the sums of that.

@@ -183,8 +183,7 @@ class Plan:
         while call is not None:
             ref = call.inputs[0]
             call = self.producers.get(ref.index)
-        indices = [r.index for r in self.program.inputs]
-        return self.program.input_names[indices.index(ref.index)]
+        return self.program.input_name(ref)
 
     def ancestors(self, ref):
         """Every call that a tensor depends on."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -35,10 +34,8 @@ from keras_lowbit.transform.image_grids import ImageGrids
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
 from keras_lowbit.transform.layer_maker import LayerMaker
 from keras_lowbit.transform.plan import STREAM_BITS, Plan
+from keras_lowbit.transform.tensors import SIGN, Entry, Tensors
 
-# Quantizers of activations that know of a ReLU6 in front.
-_TAKE_A_LIMIT = ("lsq", "channel_balanced")
-_SIGN = "sign"
 # Layers of what takes two tensors at a time.
 _OF_TWO = {"add": keras.layers.Add, "multiply": keras.layers.Multiply}
 
@@ -59,7 +56,9 @@ _IN_PLACE_OF = {
 }
 
 
-def quantize_model(model, scheme="w8a8", *, input_range=None, name=None) -> keras.Model:
+def quantize_model(
+    model: keras.Model, scheme="w8a8", *, input_range=None, name: str | None = None
+) -> keras.Model:
     """A quantized copy of a functional, Sequential or nested model.
 
     Kernels start on scales of least squared error; activations wait for `calibrate`. The model
@@ -118,23 +117,6 @@ def _check(program, scheme, model_name):
         raise ValueError(f"Scheme patterns {unused} match no layer. Layers: {names}")
 
 
-@dataclass
-class _Entry:
-    """A tensor of the new model: reals, or a pair of codes and scale with its width.
-
-    `offset` is what code 0 of the pair stands for, and `centred` the tensor on a grid where that
-    is 0.0. `nonnegative` is said of pooled images alone: whether no code is below 0.
-    """
-
-    values: Any = None
-    pair: Any = None
-    bits: int | None = None
-    offset: float = 0.0
-    nonnegative: bool | None = None
-    centred: _Entry | None = None
-    made: dict = field(default_factory=dict)
-
-
 class _Builder:
     """Rebuilds a program call by call, putting grids where readers ask for them."""
 
@@ -143,18 +125,18 @@ class _Builder:
         self.scheme = scheme
         self.plan = Plan(program, scheme)
         self.images = ImageGrids(self.plan, input_range)
-        self.entries: dict[int, _Entry] = {}
         self.clones: dict[int, Any] = {}
         self.make = LayerMaker(program)
+        self.tensors = Tensors(self.plan, self.images, self.make)
 
     def build(self, name):
         inputs = inputs_like(self.program)
         for ref, tensor in zip(self.program.inputs, inputs, strict=True):
-            self.entries[ref.index] = _Entry(values=tensor)
+            self.tensors.entries[ref.index] = Entry(values=tensor)
         for call in self.program.calls:
             self._call(call)
         outputs = keras.tree.map_structure(
-            lambda r: self._output(r) if isinstance(r, walk.Ref) else r, self.program.outputs
+            lambda r: self.tensors.output(r) if isinstance(r, walk.Ref) else r, self.program.outputs
         )
         return model_of(
             inputs if len(inputs) > 1 else inputs[0],
@@ -170,44 +152,44 @@ class _Builder:
         if kind == "product":
             entry = self._product(call)
         elif kind in _OF_TWO:
-            entry = _Entry(values=self._two_at_a_time(call, _OF_TWO[kind]))
-        elif kind in TRANSPARENT and self._on_grid(call.inputs[0]):
-            source = self.entries[call.inputs[0].index]
+            entry = Entry(values=self._two_at_a_time(call, _OF_TWO[kind]))
+        elif kind in TRANSPARENT and self.tensors.on_grid(call.inputs[0]):
+            source = self.tensors.entries[call.inputs[0].index]
             if kind == "pad" and source.offset and not self.images.holds_zero(call.inputs[0]):
-                source = self._centred(call.inputs[0])
+                source = self.tensors.centred(call.inputs[0])
             codes = self._clone(call, {call.inputs[0].index: source.pair[0]})
             pair = (codes, source.pair[1])
             entry = dataclasses.replace(source, values=None, pair=pair, centred=None, made={})
         elif self.plan.reaches_over_border(call):
             entry = self._mean_on_grid(call)
         elif self.plan.takes_two_tensors(call):
-            values = self._centred_values(call.inputs[0])
-            entry = _Entry(values=activated(self.make, call.operation, values, call.name))
+            values = self.tensors.centred_values(call.inputs[0])
+            entry = Entry(values=activated(self.make, call.operation, values, call.name))
         elif self.plan.reads_logits(call):
-            read = {r.index: self._logits(r) for r in call.inputs}
-            entry = _Entry(values=self._clone(call, read))
+            read = {r.index: self.tensors.logits(r) for r in call.inputs}
+            entry = Entry(values=self._clone(call, read))
         else:
-            look = self._centred_values if kind in _POOLS else self._values
+            look = self.tensors.centred_values if kind in _POOLS else self.tensors.values
             read = {r.index: look(r) for r in call.inputs}
             made = self._clone(call, read)
             flat = keras.tree.flatten(made)
             for ref, tensor in zip(walk.refs(call.outputs), flat, strict=True):
-                self.entries[ref.index] = _Entry(values=tensor)
+                self.tensors.entries[ref.index] = Entry(values=tensor)
             return
-        self.entries[call.output.index] = entry
+        self.tensors.entries[call.output.index] = entry
 
     def _product(self, call):
         ref = call.inputs[0]
         widths = self.plan.widths(call)
         if widths is None:
-            return _Entry(values=self._clone(call, {ref.index: self._values(ref)}))
-        pair = self._grid(ref, widths.activation_bits)
-        offset = self.entries[ref.index].offset
+            return Entry(values=self._clone(call, {ref.index: self.tensors.values(ref)}))
+        pair = self.tensors.grid(ref, widths.activation_bits)
+        offset = self.tensors.entries[ref.index].offset
         if offset and not self.images.absorbs(call.operation):
-            pair, offset = self._centred(ref).pair, 0.0
+            pair, offset = self.tensors.centred(ref).pair, 0.0
         bits = 8 if self.plan.is_image(ref) else widths.activation_bits
         layer, activation, fresh = self._quantized_layer(
-            call, widths, needs_bias=bool(offset), signs=self.scheme.activation_of(bits)[0] == _SIGN
+            call, widths, needs_bias=bool(offset), signs=self.scheme.activation_of(bits)[0] == SIGN
         )
         outputs = layer(pair)
         if fresh:
@@ -216,12 +198,12 @@ class _Builder:
                 absorb_offset(layer, offset)
             fit_kernels(layer)
         if activation is not None:
-            self.entries[call.output.index] = _Entry(values=outputs)
-            quantized = self._quantize(
+            self.tensors.entries[call.output.index] = Entry(values=outputs)
+            quantized = self.tensors.quantized(
                 call.output, outputs, STREAM_BITS, name=layer.name, signed=True
             )
             outputs = activation(self.make.dequantized(quantized, layer.name))
-        return _Entry(values=outputs)
+        return Entry(values=outputs)
 
     def _mean_on_grid(self, call):
         """The mean of a padded pool on the grid of what it reads, where the runtime leaves it."""
@@ -229,8 +211,8 @@ class _Builder:
         if self.plan.is_image(ref):
             (codes, scale), nonnegative = self._image_to_pool(ref)
         else:
-            codes, scale = self._grid(ref, STREAM_BITS)
-            nonnegative = self.entries[ref.index].nonnegative
+            codes, scale = self.tensors.grid(ref, STREAM_BITS)
+            nonnegative = self.tensors.entries[ref.index].nonnegative
             if nonnegative is None:
                 nonnegative, _ = self.plan.sign_and_limit(ref)
         pool = layers.AveragePooling2D(
@@ -241,7 +223,7 @@ class _Builder:
             name=self.make.own_name(call),
             dtype="float32",  # codes, whatever the policy
         )
-        return _Entry(pair=(pool(codes), scale), bits=STREAM_BITS, nonnegative=nonnegative)
+        return Entry(pair=(pool(codes), scale), bits=STREAM_BITS, nonnegative=nonnegative)
 
     def _image_to_pool(self, ref):
         """`(pair, whether no code is negative)` of an image, on a grid of known zero point.
@@ -252,121 +234,21 @@ class _Builder:
         grid = self.images.grid(ref)
         begins_at_zero = grid is not None and grid[1:] == (0, 0.0)
         if begins_at_zero:
-            return self._grid(ref, STREAM_BITS), True
+            return self.tensors.grid(ref, STREAM_BITS), True
         nonnegative = grid is not None and grid[1] == 0
-        entry = self.entries[ref.index]
+        entry = self.tensors.entries[ref.index]
         if entry.centred is None:
-            entry.centred = self._recentred(ref, signed=not nonnegative)
+            entry.centred = self.tensors.recentred(ref, signed=not nonnegative)
         return entry.centred.pair, nonnegative
 
     def _two_at_a_time(self, call, layer):
         """What the runtime adds or multiplies by twos; each partial result needs its own grid."""
-        tensors = [self._centred_values(r) for r in call.inputs]
+        tensors = [self.tensors.centred_values(r) for r in call.inputs]
         if len(tensors) == 2:
             return layer(name=self.make.own_name(call), dtype="float32")(tensors)
         return joined(self.make, layer, tensors, call.name)
 
-    # --- reading tensors ----------------------------------------------------------------------
-
-    def _on_grid(self, ref):
-        entry = self.entries[ref.index]
-        if entry.pair is None and self.plan.needs_stream(ref):
-            quantized = self._quantize(ref, entry.values, STREAM_BITS)
-            entry.pair, entry.bits, entry.values = quantized, STREAM_BITS, None
-            entry.offset = self.images.offset_of(ref)
-        return entry.pair is not None
-
-    def _values(self, ref):
-        entry = self.entries[ref.index]
-        if self._on_grid(ref) and entry.values is None:
-            entry.values = self.make.dequantized(entry.pair, self._tensor_name(ref), entry.offset)
-        return entry.values
-
-    def _centred(self, ref):
-        """An entry on a grid whose code 0 is 0.0: for what adds no offset of its own, or pads."""
-        entry = self.entries[ref.index]
-        if not (self._on_grid(ref) and entry.offset):
-            return entry
-        if entry.centred is None:
-            _, lo, _ = self.images.grid(ref)
-            entry.centred = self._recentred(ref, signed=lo < 0)
-        return entry.centred
-
-    def _recentred(self, ref, signed):
-        step = layers.Quantize(
-            quantizers.get("lsq", bits=STREAM_BITS, signed=signed, role="activation"),
-            name=self.make.name(f"{self._tensor_name(ref)}_centred_quantize"),
-        )
-        return _Entry(pair=step(self._values(ref)), bits=STREAM_BITS)
-
-    def _centred_values(self, ref):
-        entry = self._centred(ref)
-        if not (self._on_grid(ref) and self.entries[ref.index].offset):
-            return self._values(ref)
-        if entry.values is None:
-            entry.values = self.make.dequantized(entry.pair, f"{self._tensor_name(ref)}_centred")
-        return entry.values
-
-    def _grid(self, ref, bits):
-        entry = self.entries[ref.index]
-        if self.plan.is_image(ref):
-            bits = 8
-        if self._on_grid(ref) and entry.bits == bits:
-            return entry.pair
-        if bits not in entry.made:
-            entry.made[bits] = self._quantize(ref, self._values(ref), bits)
-        return entry.made[bits]
-
-    def _logits(self, ref):
-        pair = self._grid(ref, STREAM_BITS)
-        if self.entries[ref.index].offset:
-            pair = self._centred(ref).pair
-        return self.make.dequantized(pair, self._tensor_name(ref))
-
-    def _output(self, ref):
-        whole = "float" not in ref.dtype  # such as the classes of an argmax
-        if (
-            whole
-            or self.plan.makes_probabilities(ref)
-            or not any(kind_of(c) == "product" for c in self.plan.ancestors(ref))
-        ):
-            return self._values(ref)
-        return self._logits(ref)
-
     # --- making layers ------------------------------------------------------------------------
-
-    def _tensor_name(self, ref):
-        call = self.plan.producers.get(ref.index)
-        if call is None:
-            index = [r.index for r in self.program.inputs].index(ref.index)
-            return self.program.input_names[index]
-        return call.name
-
-    def _quantize(self, ref, values, bits, name=None, signed=None):
-        name = self.make.name(f"{name or self._tensor_name(ref)}_quantize")
-        fixed = self.plan.fixed_scale(ref) if signed is None and bits == STREAM_BITS else None
-        if self.plan.is_image(ref):
-            quantizer = self.images.quantizer(ref)
-        elif fixed is not None:
-            quantizer = quantizers.Affine(bits, scale=fixed)
-        else:
-            nonnegative, limit = self.plan.sign_and_limit(ref)
-            signed = not nonnegative if signed is None else signed
-            method, options = self.scheme.activation_of(bits)
-            if method == _SIGN and not signed:
-                raise ValueError(
-                    f"{self._tensor_name(ref)}: nothing is negative behind a ReLU, so all signs "
-                    "would be 1. Take the ReLU out of the float model (a batch norm in its place), "
-                    "or use Scheme(binary_activation='heaviside')"
-                )
-            quantizer = quantizers.get(
-                method,
-                bits=bits,
-                signed=signed,
-                role="activation",
-                **{**({"max_value": limit} if method in _TAKE_A_LIMIT else {}), **options},
-            )
-        return layers.Quantize(quantizer, name=name)(values)
 
     def _clone(self, call, read):
         operation = self.clones.get(id(call.operation))

@@ -11,11 +11,14 @@ from keras import ops
 from keras_lowbit import walk
 from keras_lowbit.checks import checked_count
 from keras_lowbit.numerics import backend
+from keras_lowbit.numerics.arrays import float64_of
 from keras_lowbit.progress import track
 from keras_lowbit.transform.batches import checked_batches
 
 
-def reestimate_batchnorm(model, data, *, steps=None, batch_size=32) -> keras.Model:
+def reestimate_batchnorm(
+    model: keras.Model, data, *, steps: int | None = None, batch_size: int = 32
+) -> keras.Model:
     """Set moving means and variances of batch norms from data, in place.
 
         moving_mean = mean over batches of mean(batch)
@@ -124,8 +127,8 @@ class _Sums:
 
     def add(self, mean, variance):
         self.count += 1
-        self.mean = self.mean + np.float64(ops.convert_to_numpy(mean))
-        self.variance = self.variance + np.float64(ops.convert_to_numpy(variance))
+        self.mean = self.mean + float64_of(mean)
+        self.variance = self.variance + float64_of(variance)
 
     def means(self):
         return np.float32(self.mean / self.count), np.float32(self.variance / self.count)

@@ -20,6 +20,7 @@ from keras import ops
 from keras_lowbit import walk
 from keras_lowbit.checks import checked_choice
 from keras_lowbit.kinds import activation_name, kind_of
+from keras_lowbit.numerics.arrays import float64_of
 from keras_lowbit.progress import track
 from keras_lowbit.transform.batches import checked_batches
 from keras_lowbit.transform.copies import set_weights
@@ -123,7 +124,15 @@ def _limited(factors, largest, locked, capped, limit):
     return np.where(locked, 1.0, np.clip(factors, *FACTORS))
 
 
-def rescale_pairs(model, images, *, method="fat", limit=5.9, batch_size=32, return_report=False):
+def rescale_pairs(
+    model: keras.Model,
+    images,
+    *,
+    method: str = "fat",
+    limit: float = 5.9,
+    batch_size: int = 32,
+    return_report: bool = False,
+) -> keras.Model | tuple[keras.Model, RescaleReport]:
     """A copy of a folded float model with pairs of layers rescaled.
 
     `"fat"` equalizes the channels of depthwise kernels, at the cost of the pointwise kernels behind
@@ -250,7 +259,7 @@ def _follow(first, readers, outputs, times):
 
 def _range(layer, *, reads):
     """Largest magnitude of each output channel's weights; of each input channel's if `reads`."""
-    kernel = np.abs(np.asarray(ops.convert_to_numpy(layer.kernel), np.float64))
+    kernel = np.abs(float64_of(layer.kernel))
     if isinstance(layer, keras.layers.DepthwiseConv2D):
         by_channel = kernel.max(axis=(0, 1))
         return by_channel.max(axis=-1) if reads else by_channel.reshape(-1)
@@ -260,15 +269,15 @@ def _range(layer, *, reads):
 
 def _apply(first, second, factors):
     kernel, bias = scaled_first(
-        _float64(first.kernel),
-        _float64(first.bias) if first.use_bias else None,
+        float64_of(first.kernel),
+        float64_of(first.bias) if first.use_bias else None,
         factors,
         depthwise=isinstance(first, keras.layers.DepthwiseConv2D),
     )
     first.kernel.assign(kernel.astype(np.float32))
     if bias is not None:
         first.bias.assign(bias.astype(np.float32))
-    second.kernel.assign(scaled_second(_float64(second.kernel), factors).astype(np.float32))
+    second.kernel.assign(scaled_second(float64_of(second.kernel), factors).astype(np.float32))
 
 
 def scaled_first(kernel, bias, factors, *, depthwise):
@@ -283,10 +292,6 @@ def scaled_first(kernel, bias, factors, *, depthwise):
 def scaled_second(kernel, factors):
     """Kernel of the second layer, input channels at axis -2: divided by the factors."""
     return kernel / factors[:, None]
-
-
-def _float64(variable):
-    return np.asarray(ops.convert_to_numpy(variable), np.float64)
 
 
 def _largest(program, firsts, batches):

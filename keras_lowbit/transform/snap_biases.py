@@ -11,14 +11,15 @@ other answers for a fifth of all images.
 
 from __future__ import annotations
 
+import keras
 import numpy as np
-from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.integer.lower import Lowering
 from keras_lowbit.integer.values import NotExportable
-from keras_lowbit.kinds import activation_name, kind_of, scaling_of
+from keras_lowbit.kinds import activation_name, batch_norm_of, kind_of, scaling_of
 from keras_lowbit.layers.packed_kernels import kernels
+from keras_lowbit.numerics.arrays import float64_of
 
 # Share of a code: float32 knows a ratio of 128 codes to 1e-5.
 _BORDER = 1e-4
@@ -26,7 +27,7 @@ _BORDER = 1e-4
 _MELTS = ("batch_norm", "dropout", "rescaling", "activation")
 
 
-def snap_biases(model):
+def snap_biases(model: keras.Model) -> keras.Model:
     """Move biases to the nearest whole number of units, in place.
 
         unit[c] = scale_in * scale_kernel[c] * |gain[c]|           gain: of what scales behind
@@ -63,7 +64,7 @@ def snap_biases(model):
             continue
         variable, gain = _variable(call, readers)
         if variable is not None:
-            moved = _numpy(variable) + np.divide(shift, gain, where=gain != 0, out=0 * gain)
+            moved = float64_of(variable) + np.divide(shift, gain, where=gain != 0, out=0 * gain)
             variable.assign(moved.astype(np.float32))
     for layer in {id(call.operation): call.operation for call in program.calls}.values():
         for kernel in kernels(layer):
@@ -75,7 +76,7 @@ def snap_biases(model):
 def _leave_borders(kernel):
     """Move latents away from the border between two codes; codes stay as they are."""
     codes, scale = kernel.codes()
-    latent = _numpy(kernel.latent)
+    latent = float64_of(kernel.latent)
     beside = latent / scale - codes
     near = np.abs(np.abs(beside) - 0.5) < _BORDER
     if not near.any():
@@ -124,12 +125,7 @@ def _variable(call, readers):
         elif kind_of(link) == "batch_norm":
             if layer.center:
                 return layer.beta, gain + np.zeros(layer.beta.shape)
-            gain = gain / np.sqrt(_numpy(layer.moving_variance) + layer.epsilon)
-            gain = gain * (_numpy(layer.gamma) if layer.scale else 1.0)
+            gain = gain * batch_norm_of(layer)[0]
         elif kind_of(link) == "product" and layer.use_bias:
             return layer.bias, gain + np.zeros(layer.bias.shape)
     return None, None
-
-
-def _numpy(variable):
-    return np.asarray(ops.convert_to_numpy(variable), np.float64)

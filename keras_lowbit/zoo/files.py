@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import http.client
 import os
 import urllib.request
-import uuid
 from pathlib import Path
 
 import keras
 
 from keras_lowbit.packed import load_packed
+from keras_lowbit.whole_files import replacing
 from keras_lowbit.zoo import registry
 
 URL_VARIABLE = "KERAS_LOWBIT_URL"
@@ -92,18 +91,13 @@ def _download(source):
 
 
 def _put(content, path):
-    # Not of `tempfile`, whose files only their owner may read: a cache may be shared.
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         reason = os.strerror(error.errno or errno.EIO)
         raise OSError(
             error.errno, f"{reason}; choose another folder (cache=, or {CACHE_VARIABLE})", str(path)
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return path

@@ -88,7 +88,7 @@ def test_units_of_a_wrapped_model_are_found():
 def test_the_probability_rises_linearly_over_the_ramp():
     callback = StochasticPrecision(0.5, 1.0, 0.6)
     got = [callback.probability(t) for t in (0.0, 0.3, 0.6, 0.9)]
-    np.testing.assert_allclose(got, [0.5, 0.75, 1.0, 1.0], rtol=1e-15)
+    np.testing.assert_allclose(got, [0.5, 0.75, 1.0, 1.0], rtol=1e-15)  # float64
 
 
 def test_draws_follow_the_probability():

@@ -81,6 +81,7 @@ def test_compiled_steps_feel_the_pull_and_the_switch():
         x[:8], y[:8], batch_size=8, epochs=3, shuffle=False, verbose=0, callbacks=[phases, losses]
     )
     assert abs(losses.wanted[0] - losses.wanted[1]) > 0.01
+    # Float32 in graphs of its own.
     np.testing.assert_allclose(history.history["loss"], losses.wanted, rtol=1e-4)
 
 
@@ -170,8 +171,10 @@ def test_the_penalty_is_that_of_the_quantizers_own_projection():
     cosine = (kernel * codes).sum((0, 1, 2)) / np.sqrt(
         (kernel**2).sum((0, 1, 2)) * (codes**2).sum((0, 1, 2))
     )
+    # Float32, taken off 1.
     np.testing.assert_allclose(numpy(penalty(kernel)), 0.5 * np.mean(1 - cosine), rtol=1e-4)
     assert attach_cosine(quantized, 0.25)["middle"] is penalty
+    # As above.
     np.testing.assert_allclose(numpy(penalty(kernel)), 0.25 * np.mean(1 - cosine), rtol=1e-4)
 
 

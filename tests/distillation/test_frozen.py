@@ -43,6 +43,7 @@ def test_penalties_of_the_students_layers_are_in_the_loss():
     tiny.compile_(student)
     added = float(sum(np.asarray(keras.ops.convert_to_numpy(one)) for one in penalties(student, x)))
     assert added > 1.0
+    # Float32 sums.
     assert total(distiller(student), x, y) == pytest.approx(without + added, rel=1e-5)
     # The same sum as the plain model trains on.
     assert total(student, x, y) == pytest.approx(without + added, rel=1e-5)
@@ -72,7 +73,7 @@ def test_penalties_that_layers_add_in_a_step_count_once(of_features):
     added = loss_of(50.0, distilled=False) - loss_of(0.0, distilled=False)
     assert added > 1.0
     got = loss_of(50.0, distilled=True) - loss_of(0.0, distilled=True)
-    assert got == pytest.approx(added, rel=1e-4)
+    assert got == pytest.approx(added, rel=1e-4)  # differences of float32 losses
 
 
 def penalties(model, x):

@@ -50,18 +50,18 @@ class TestDivergence:
         """
         target, logits = [[np.log(3.0), 0.0]], [[0.0, 0.0]]
         value = float(divergence(ops.cast(target, "float32"), ops.cast(logits, "float32"), 1.0))
-        assert value == pytest.approx(0.130812, rel=1e-5)
+        assert value == pytest.approx(0.130812, rel=1e-5)  # six digits by hand
         to_target, to_logits = gradient(lambda t, z: divergence(t, z, 1.0), target, logits)
         np.testing.assert_array_equal(to_target, [[0, 0]])
-        np.testing.assert_allclose(to_logits, [[-0.25, 0.25]], rtol=1e-6)
+        np.testing.assert_allclose(to_logits, [[-0.25, 0.25]], rtol=1e-6)  # float32
 
     def test_the_square_of_the_temperature_keeps_the_size_of_gradients(self):
         """T = 2, logits twice as far: the same p and q; T^2 KL, and T (q - p) for gradients."""
         target, logits = [[2 * np.log(3.0), 0.0]], [[0.0, 0.0]]
         value = float(divergence(ops.cast(target, "float32"), ops.cast(logits, "float32"), 2.0))
-        assert value == pytest.approx(4 * 0.130812, rel=1e-5)
+        assert value == pytest.approx(4 * 0.130812, rel=1e-5)  # as above
         _, to_logits = gradient(lambda t, z: divergence(t, z, 2.0), target, logits)
-        np.testing.assert_allclose(to_logits, [[-0.5, 0.5]], rtol=1e-6)
+        np.testing.assert_allclose(to_logits, [[-0.5, 0.5]], rtol=1e-6)  # float32
 
     def test_nets_that_agree_are_0_apart_with_no_gradient(self):
         logits = np.random.default_rng(0).normal(size=(5, 7)).astype("float32") * 9
@@ -74,7 +74,7 @@ class TestDivergence:
     def test_classes_of_tiny_probability_keep_their_gradient(self):
         """Logits 0 and -30, target even: q - p = 1/2 and -1/2, though q = 1e-13."""
         (to_logits,) = gradient(lambda z: divergence(ops.zeros((1, 2)), z, 1.0), [[0.0, -30.0]])
-        np.testing.assert_allclose(to_logits, [[0.5, -0.5]], rtol=1e-6)
+        np.testing.assert_allclose(to_logits, [[0.5, -0.5]], rtol=1e-6)  # float32
 
 
 def test_hints_put_the_float_map_on_the_grid_and_train_only_it():
@@ -176,7 +176,7 @@ def test_the_loss_is_the_sum_by_hand():
     logs = model.evaluate(x, y, batch_size=8, verbose=0, return_dict=True)
     got = [logs["loss_float"], logs["loss_0"], logs["loss_1"]]
     np.testing.assert_allclose(got, want, rtol=1e-5)  # float32
-    assert logs["loss"] == pytest.approx(sum(want), rel=1e-5)
+    assert logs["loss"] == pytest.approx(sum(want), rel=1e-5)  # as above
 
 
 def test_without_divergence_training_is_independent():
@@ -225,7 +225,7 @@ def test_penalties_of_layers_count_once():
     x, y = tiny.images(8)
     logs = model.evaluate(x, y, verbose=0, return_dict=True)
     parts = logs["loss_float"] + logs["loss_0"] + logs["loss_1"]
-    assert logs["loss"] - parts == pytest.approx(4.5, rel=1e-5)
+    assert logs["loss"] - parts == pytest.approx(4.5, rel=1e-5)  # a difference of float32 losses
 
 
 def test_cycling_descent_and_two_stages_compose_with_distillation_in_one_fit():

@@ -30,7 +30,8 @@ FEATURES = (
     "upsampling", "max pool SAME", "max pool VALID", "max pool strides", "average pool SAME",
     "average pool VALID",
     "global average pool", "global average pool keepdims",
-    "zero padding", "padding as SAME", "ops.pad", "strided slice", "flatten", "reshape", "dropout",
+    "zero padding", "padding as SAME", "ops.pad", "strided slice", "crop",
+    "slice of channels", "transpose", "flatten", "reshape", "dropout",
     "shared layer", "nested model", "odd size", "several inputs", "several outputs", "softmax",
     "rescaling", "batch", "uint8 input", "int8 ends", "uint8 output",
 )  # fmt: skip

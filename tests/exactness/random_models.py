@@ -52,7 +52,7 @@ class Maker:
             self.three, self.max_pool, self.average_pool, self.padding, self.padded_conv,
             self.shortcut, self.shared, self.nested, self.dropout, self.dense_on_images,
             self.squeeze, self.sliced, self.excited, self.gated, self.constant, self.multiplied,
-            self.upsampled,
+            self.upsampled, self.cropped, self.shuffled,
         )  # fmt: skip
 
     # --- dice -----------------------------------------------------------------------------------
@@ -286,6 +286,22 @@ class Maker:
     def sliced(self, x):
         self.count("strided slice")
         return x[:, ::2] if self.chance(0.3) else x[:, ::2, ::2]
+
+    def cropped(self, x):
+        self.count("crop")
+        if self.chance(0.5):
+            return K.Cropping2D(((0, x.shape[1] // 3), (x.shape[2] // 3, 0)))(x)
+        return x[:, x.shape[1] // 3 :, : -(x.shape[2] // 3) or None]
+
+    def shuffled(self, x):
+        """ShuffleNet's: a half that passes and one that is computed, mixed."""
+        self.count("transpose", "slice of channels")
+        h, w, c = x.shape[1:]
+        half = (c + 1) // 2
+        y = self.activation(K.Conv2D(half, 1)(x[..., half:] if c > 1 else x))
+        y = K.Concatenate()([x[..., :half], y])
+        y = K.Permute((1, 2, 4, 3))(K.Reshape((h, w, 2, half))(y))
+        return K.Reshape((h, w, 2 * half))(y)
 
     def shared(self, x):
         self.count("shared layer")

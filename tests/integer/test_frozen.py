@@ -69,7 +69,8 @@ def residual_net(seed):
     net.product(conv, "linear", "dw", (7, 6, 8), (1, 1, 16, 8), 4, scale=0.03, zero_point=9)
     net.add(ir.Add, "sum", ("stem", "linear"), (7, 6, 8), 0.07, -20)
     net.add(ir.Multiply, "product", ("sum", "stem"), (7, 6, 8), 0.2, 7, activation="relu")
-    net.add(ir.Requantize, "low", "sum", (7, 6, 8), 1 / 7, 3, activation="relu_n1_to_1")
+    clip = {"activation": "relu_n1_to_1"}
+    net.add(ir.Add, "low", ("sum", "linear"), (7, 6, 8), 1 / 7, 3, **clip)
     net.same_grid(ir.Pad, "padded", "low", (9, 7, 8), paddings=((0, 0), (1, 1), (0, 1), (0, 0)))
     net.product(conv, "grouped", "padded", (4, 3, 8), (3, 3, 2, 8), 4, strides=(2, 2), scale=0.05)
     net.product(
@@ -90,13 +91,15 @@ def residual_net(seed):
     )
     net.same_grid(ir.Concatenate, "both", ("pooled", "skipped"), (2, 2, 16), axis=3)
     net.same_grid(ir.ResizeNearest, "larger", "both", (4, 6, 16), factors=(2, 3))
+    net.same_grid(ir.Slice, "inside", "larger", (2, 5, 7), begin=(0, 1, 1, 4))
+    net.same_grid(ir.Transpose, "turned", "inside", (7, 2, 5), order=(0, 3, 1, 2))
     net.same_grid(ir.AveragePool2D, "mean", "both", (1, 1, 16))
     net.same_grid(ir.Reshape, "flat", "mean", (16,))
     net.product(ir.FullyConnected, "logits", "flat", (10,), (16, 10), zero_point=3, scale=0.02)
     net.add(ir.Softmax, "p", "logits", (10,), 1 / 256, -128)
     net.add(ir.Dequantize, "reals", "p", (10,), None, dtype="float32")
     net.add(ir.Logistic, "shares", "logits", (10,), 1 / 256, -128)
-    return net.graph("reals", "low", "shares", "product", "larger")
+    return net.graph("reals", "low", "shares", "product", "larger", "turned")
 
 
 def uneven_net(seed):
@@ -296,7 +299,7 @@ def test_outputs_keep_the_structure_that_is_asked_for(structure, tmp_path):
 
 def test_a_structure_of_another_number_of_outputs_is_refused():
     graph = residual_net(0)
-    with pytest.raises(ValueError, match=r"outputs=.*holds 2 outputs, the graph has 5"):
+    with pytest.raises(ValueError, match=r"outputs=.*holds 2 outputs, the graph has 6"):
         frozen.build(graph, outputs={"a": 0, "b": 0})
 
 

@@ -139,7 +139,9 @@ def test_a_channel_without_gain_keeps_its_bias_and_a_normal_scale():
     assert op.kernel[..., [0, 2]].any()
     assert (op.kernel_scale > 1e-6).all()
     unit = graph.tensors[op.inputs[0]].scale * op.kernel_scale[1]
-    assert op.bias[1] * unit == pytest.approx(0.5, abs=graph.tensors[op.output].scale)
+    # Without gain a unit is a step of the output, and biases are whole: half a step, and float32.
+    step = graph.tensors[op.output].scale
+    assert op.bias[1] * unit == pytest.approx(0.5, abs=0.501 * step)
 
 
 @pytest.mark.runtime
@@ -201,7 +203,7 @@ def test_unsigned_grids_end_at_a_fused_relu6(scheme, zero_point, scale, activati
         assert op.activation in ("none", activation)
     else:
         assert op.activation == activation
-        assert tensor.scale == pytest.approx(scale, rel=1e-6)
+        assert tensor.scale == pytest.approx(scale, rel=1e-6)  # float32
 
 
 def test_an_output_that_is_read_nowhere_else_costs_nothing():
@@ -235,8 +237,8 @@ def test_a_strided_slice_is_a_product_of_ones_that_keeps_codes(readers):
             r"only zero padding .* Use ZeroPadding2D",
         ),
         (
-            lambda x: x[:, 1:, ::2, ..., :1],
-            r"only x\[:, ::s, ::t, :\] is supported. Got x\[:, 1:, ::2, ..., :1\]; crop.*before",
+            lambda x: x[:, 1:, 2, ..., ::2],
+            r"only slices that step .* Got x\[:, 1:, 2, ..., ::2\]; turn.*before the model",
         ),
         (lambda x: K.LayerNormalization(name="n")(x), "n .LayerNormalization. has no integer form"),
         (lambda x: K.ReLU(threshold=0.1, name="r")(x), r"r: ReLU\(threshold=0.1\) has no exact"),
@@ -263,6 +265,15 @@ def test_what_has_no_integer_form_is_refused_by_name(layer, message):
         integer_graph(small)
 
 
+def test_a_softmax_layer_over_the_last_axis_of_one_tensor_alone_is_refused():
+    """Axis 1 is the last of the logits, which the layer saw first, and rows of the table after."""
+    inputs, share = keras.Input((6,)), K.Softmax(axis=1, name="share")
+    first = K.Dense(12, name="table")(share(K.Dense(4, name="logits")(inputs)))
+    model = keras.Model(inputs, share(K.Reshape((3, 4))(first)))
+    with pytest.raises(NotExportable, match=r"share.*: only a softmax over the last axis"):
+        integer_graph(calibrate(quantize_model(model), data(6)))
+
+
 # --- inputs that are rescaled, and sums that end at 6 ---------------------------------------------
 
 
@@ -282,7 +293,7 @@ def assert_as_trained(small, images):
     for name, trained in zip(graph.outputs, found, strict=True):
         (last,) = (op for op in graph if op.output == name)
         step = graph.tensors[last.inputs[0]].scale
-        np.testing.assert_allclose(values[name], trained, atol=2.01 * step)
+        np.testing.assert_allclose(values[name], trained, atol=2.01 * step)  # 0.01 for float32
     return graph
 
 
@@ -296,7 +307,7 @@ def test_a_rescaled_image_is_added_and_multiplied_in_reals(kind):
     small = calibrate(quantize_model(keras.Model(inputs, joined)), pixels(8, 8, 3))
     graph = assert_as_trained(small, pixels(8, 8, 3))
     (op,) = (op for op in graph if op.kind == kind)
-    assert graph.tensors[op.inputs[0]].scale == pytest.approx(1 / 255, rel=1e-5)
+    assert graph.tensors[op.inputs[0]].scale == pytest.approx(1 / 255, rel=1e-5)  # float32
 
 
 def test_a_rescaled_image_that_is_an_output_too_is_written_in_reals():

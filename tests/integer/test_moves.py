@@ -3,7 +3,9 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
+import tflite_export
 from keras_lowbit import NotExportable, calibrate, quantize_model, quantizers
 from keras_lowbit import layers as quantized_layers
 from keras_lowbit.integer import reference
@@ -153,3 +155,96 @@ def test_a_copy_of_a_row_needs_no_unit_matrix(end, largest):
     found = drifts(small, [images])
     assert found
     assert {name: drift for name, drift in found.items() if drift.far} == {}
+
+
+CODES = np.random.default_rng(3).integers(0, 9, (2, 5, 6, 8)).astype("float32") / 8
+
+
+@pytest.mark.parametrize(
+    ("move", "wanted"),
+    [
+        (lambda x: x[:, 1:, :-2], CODES[:, 1:, :-2]),
+        (lambda x: x[:, 1:4:2, ::3], CODES[:, 1:4:2, ::3]),
+        (lambda x: x[..., 2:5], CODES[..., 2:5]),
+        (lambda x: x[:, -2:, ..., :3], CODES[:, -2:, ..., :3]),
+        (K.Cropping2D(((1, 0), (2, 1))), CODES[:, 1:, 2:-1]),
+        (K.Permute((3, 1, 2)), CODES.transpose(0, 3, 1, 2)),
+        (lambda x: ops.transpose(x, (0, 2, 1, 3)), CODES.transpose(0, 2, 1, 3)),
+    ],
+)
+def test_crops_and_turns_move_codes(move, wanted):
+    """Eighths up to 1 are on any grid that minmax makes of them."""
+    inputs = keras.Input(CODES.shape[1:])
+    model = keras.Model(inputs, move(copied(inputs)))
+    model.get_layer("copy").set_weights([np.eye(8, dtype=np.float32)[None, None]])
+    small = calibrate(quantize_model(model), CODES, method="minmax")
+    graph = integer_graph(small, batch=2)
+    (output,) = graph.outputs
+    found = reference.run(graph, {graph.inputs[0]: CODES})[output]
+    kept = np.array(ops.convert_to_numpy(small(CODES)))
+    np.testing.assert_array_equal(found, kept)
+    # Half a code of the input's 0..255, and half a code of the output's -127..127.
+    np.testing.assert_allclose(found, wanted, atol=0.5 / 255 + 0.5 / 127)
+
+
+def shuffle_unit(x):
+    """ShuffleNet V2: half of the channels passes, the other is computed; then they are mixed."""
+    h, w, c = x.shape[1:]
+    left, right = x[..., : c // 2], x[..., c // 2 :]
+    right = K.Conv2D(c // 2, 1, activation="relu")(right)
+    right = K.DepthwiseConv2D(3, padding="same")(right)
+    right = K.Conv2D(c // 2, 1, activation="relu")(right)
+    x = K.Concatenate()([left, right])
+    return K.Reshape((h, w, c))(K.Permute((1, 2, 4, 3))(K.Reshape((h, w, 2, c // 2))(x)))
+
+
+def u_net(x):
+    """The first U-Net: no padding, so that what is joined is cropped first."""
+    y = K.Conv2D(8, 3, activation="relu")(K.MaxPooling2D()(x))
+    y = K.UpSampling2D()(y)
+    tall, wide = (b - a for a, b in zip(y.shape[1:3], x.shape[1:3], strict=True))
+    kept = K.Cropping2D(((tall // 2, tall - tall // 2), (wide // 2, wide - wide // 2)))(x)
+    return K.Conv2D(4, 3, activation="relu")(K.Concatenate()([kept, y]))
+
+
+def space_to_depth(x):
+    return K.Concatenate()([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)])
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4", "w2a2"])
+@pytest.mark.parametrize("block", [shuffle_unit, u_net, space_to_depth])
+def test_nets_that_split_turn_and_crop_export_exactly(block, scheme):
+    inputs = keras.Input((12, 14, 3))
+    x = block(K.Conv2D(8, 3, padding="same", activation="relu")(inputs))
+    x = K.Dense(5)(K.GlobalAveragePooling2D()(K.Conv2D(8, 1, activation="relu")(x)))
+    images = np.random.default_rng(0).uniform(0, 1, (4, 12, 14, 3)).astype("float32")
+    model = calibrate(quantize_model(keras.Model(inputs, x), scheme), images)
+    assert tflite_export.convert(model, verify=images).mismatches == 0
+
+
+def test_images_are_cropped_and_turned_on_their_way_in():
+    inputs = keras.Input((12, 14, 3))
+    x = K.Rescaling(1 / 127.5, offset=-1.0)(K.Permute((2, 1, 3))(K.Cropping2D(2)(inputs)))
+    x = K.GlobalAveragePooling2D()(K.Conv2D(4, 3, activation="relu")(x))
+    images = np.random.default_rng(0).integers(0, 256, (4, 12, 14, 3)).astype("uint8")
+    model = calibrate(quantize_model(keras.Model(inputs, x), input_range=(0, 255)), images)
+    graph = integer_graph(model, batch=4, input_type="uint8")
+    found = reference.run(graph, {graph.inputs[0]: images})[graph.outputs[0]]
+    np.testing.assert_array_equal(found, np.array(ops.convert_to_numpy(model(images))))
+
+
+@pytest.mark.parametrize(
+    ("move", "said"),
+    [
+        (lambda x: x[:, 1], r"only slices that step forward.* Got x\[:, 1\]"),
+        (lambda x: x[..., ::2], r"only slices that step forward.* Got x\[\.\.\., ::2\]"),
+        (lambda x: ops.transpose(x, (3, 1, 2, 0)), "the first axis counts images"),
+    ],
+)
+def test_moves_of_another_kind_are_refused(move, said):
+    inputs = keras.Input((5, 6, 8), batch_size=2)
+    x = K.Flatten()(move(copied(inputs)))
+    small = calibrate(quantize_model(keras.Model(inputs, x)), CODES)
+    with pytest.raises(NotExportable, match=said):
+        integer_graph(small, batch=2)

@@ -170,18 +170,6 @@ def test_additions_use_each_grid_and_clip():
     assert two_inputs(ir.Add, [[10]], [[5]], (1,), grids, out, activation="relu6") == [[20]]
 
 
-def test_requantize_is_an_addition_of_zero():
-    y = compute(
-        ir.Requantize,
-        [[-128, -1, 0, 1, 2, 3, 127]],
-        (7,),
-        grid=(0.5, 0, "int8"),
-        out_grid=(1.0, -128, "int8"),
-        activation="relu6",
-    )
-    assert y.tolist() == [[-128, -128, -128, -127, -127, -126, -122]]
-
-
 def test_max_pool_padding_never_wins():
     x = np.array([-100, -128, -128]).reshape(1, 1, 3, 1)
     fields = {"pool": (1, 2), "strides": (1, 2), "padding": "SAME"}
@@ -248,6 +236,15 @@ def test_nearest_neighbours_are_repeated():
     assert y[0, :, :, 0].tolist() == [rows[0], rows[0], rows[1], rows[1]]
 
 
+def test_slices_and_transposes_move_codes():
+    grid = (0.5, 3, "int8")
+    x = [[[[1, 2, 3], [4, 5, 6]]]]
+    y = compute(ir.Slice, x, (1, 1, 2), grid=grid, out_grid=grid, begin=(0, 0, 1, 1))
+    assert y.tolist() == [[[[5, 6]]]]
+    y = compute(ir.Transpose, x, (3, 1, 2), grid=grid, out_grid=grid, order=(0, 3, 1, 2))
+    assert y.tolist() == [[[[1, 4]], [[2, 5]], [[3, 6]]]]
+
+
 def test_products_repeat_axes_of_one():
     tensors = {
         "a": ir.Tensor("a", (1, 2, 2, 2), "int8", 1.0, 0),
@@ -283,7 +280,7 @@ def test_pixels_move_between_uint8_and_int8_by_128():
 
 @pytest.mark.parametrize("out_grid", [(0.3, 1, "int8"), (0.4, 0, "int8"), (0.3, 128, "uint8")])
 def test_quantize_between_other_grids_is_refused(out_grid):
-    with pytest.raises(ValueError, match="use Requantize"):
+    with pytest.raises(ValueError, match="DepthwiseConv2D of ones"):
         compute(ir.Quantize, [[0]], (1,), grid=(0.3, 128, "uint8"), out_grid=out_grid)
 
 

@@ -95,6 +95,7 @@ def test_gradients_are_those_of_the_product_of_values(make):
     want = gradient(on_values, x, kernel, variables=scales)
     for g, w in zip(got, want, strict=True):
         assert np.abs(w).max() > 1e-3
+        # Float32 sums in another order.
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5 * np.abs(w).max())
 
 
@@ -121,7 +122,7 @@ def test_where_everything_saturates_scales_get_the_finite_difference():
     np.testing.assert_array_equal(to_x, [[0, 0]])
     # dy/ds_x = 49 s_k, damped by 1 / sqrt(2 * 7); dy/ds_k = 49 s_x, damped by 1 / sqrt(2 * 3)
     np.testing.assert_allclose(to_s_x, 49 * 0.25 / np.sqrt(14), rtol=1e-5)
-    np.testing.assert_allclose(to_s_k, 49 * 0.5 / np.sqrt(6), rtol=1e-5)
+    np.testing.assert_allclose(to_s_k, 49 * 0.5 / np.sqrt(6), rtol=1e-5)  # float32
 
 
 def test_readers_of_one_pair_add_their_gradients():
@@ -142,7 +143,7 @@ def test_readers_of_one_pair_add_their_gradients():
     got = gradient(both, [[0.6]], variables=[scale])
     one = gradient(lambda x: ops.sum(dequantize(quantize(x))), [[0.6]], variables=[scale])
     for g, w in zip(got, one, strict=True):
-        np.testing.assert_allclose(g, 5 * w, rtol=1e-6)
+        np.testing.assert_allclose(g, 5 * w, rtol=1e-6)  # float32 sums
     np.testing.assert_allclose(one[1], -0.2 / np.sqrt(7), rtol=1e-5)  # code 1, ratio 1.2
 
 

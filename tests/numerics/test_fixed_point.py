@@ -54,8 +54,8 @@ def test_additions_use_21_bit_multipliers(scales, expected):
 def test_the_larger_multiplier_of_an_addition_has_21_bits(a, b):
     k_a, k_b, shift = add_parameters(a, b, 1.0)
     assert 1 << 20 <= max(k_a, k_b) <= 1 << 21
-    assert k_a / 2**shift == pytest.approx(a, abs=2.0**-shift)
-    assert k_b / 2**shift == pytest.approx(b, abs=2.0**-shift)
+    assert k_a / 2**shift == pytest.approx(a, abs=2.0**-shift)  # half a unit, and a float32 ratio
+    assert k_b / 2**shift == pytest.approx(b, abs=2.0**-shift)  # as above
 
 
 @pytest.mark.parametrize("scales", [(256.0, 1.0, 1.0), (1.0, 0.0009, 1.0), (0.0, 1.0, 1.0)])
@@ -147,4 +147,4 @@ def test_softmax_powers_fall_from_one():
     powers = softmax_powers(np.log(2))
     assert powers.shape == (256,)
     assert powers.dtype == np.float32
-    np.testing.assert_allclose(powers[:4], [1, 0.5, 0.25, 0.125], rtol=1e-6)
+    np.testing.assert_allclose(powers[:4], [1, 0.5, 0.25, 0.125], rtol=1e-6)  # ln 2 in float32

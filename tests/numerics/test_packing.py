@@ -8,10 +8,8 @@ from hypothesis.extra import numpy as hnp
 
 from keras_lowbit.numerics.packing import (
     pack,
-    pack_ternary,
     packed_size,
     unpack,
-    unpack_ternary,
 )
 
 pytestmark = pytest.mark.once
@@ -49,15 +47,6 @@ def test_packed_codes_take_their_bits_rounded_up_to_a_byte(case):
     assert 8 * (packed.size - 1) < codes.size * bits <= 8 * packed.size
 
 
-@given(hnp.arrays(np.int8, SHAPES, elements=st.integers(-1, 1)))
-def test_ternary_codes_come_back_from_five_a_byte(codes):
-    packed = pack_ternary(codes)
-    assert packed.size == -(-codes.size // 5)
-    again = unpack_ternary(packed.tobytes(), codes.shape)
-    assert again.dtype == np.int8
-    np.testing.assert_array_equal(again, codes)
-
-
 @pytest.mark.parametrize(
     ("codes", "bits", "signed", "expected"),
     [
@@ -79,14 +68,6 @@ def test_low_bits_come_first(codes, bits, signed, expected):
 
 
 @pytest.mark.parametrize(
-    ("codes", "expected"),
-    [([-1] * 5, [0]), ([1] * 5, [242]), ([0] * 5, [121]), ([1], [2]), ([-1, 1], [6])],
-)
-def test_ternary_codes_are_digits_of_base_three(codes, expected):
-    np.testing.assert_array_equal(pack_ternary(codes), expected)
-
-
-@pytest.mark.parametrize(
     ("codes", "bits", "signed", "message"),
     [
         ([8], 4, True, r"-8\.\.7\. Got 8"),
@@ -105,9 +86,3 @@ def test_codes_that_do_not_fit_are_refused(codes, bits, signed, message):
 def test_damaged_bytes_are_refused():
     with pytest.raises(ValueError, match=r"5 codes of 4 bits take 3 bytes\. Got 2"):
         unpack(b"ab", 4, (5,))
-    with pytest.raises(ValueError, match=r"6 ternary codes take 2 bytes\. Got 1"):
-        unpack_ternary(b"a", (2, 3))
-    with pytest.raises(ValueError, match="byte 243 is above 242"):
-        unpack_ternary(b"\xf3", (5,))
-    with pytest.raises(ValueError, match="ternary code"):
-        pack_ternary([2])

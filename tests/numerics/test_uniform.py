@@ -103,7 +103,7 @@ class TestGradient:
 
     def test_to_the_scale(self):
         got = [self.both([x], 0.5)[1] for x in self.x]
-        np.testing.assert_allclose(got, self.to_scale, atol=1e-6)
+        np.testing.assert_allclose(got, self.to_scale, atol=1e-6)  # float32
 
     def test_just_past_the_mask_it_is_that_of_the_outside(self):
         above, below = np.nextafter(np.float32([3.75, -4.25]), np.float32([9, -9]))
@@ -115,12 +115,12 @@ class TestGradient:
         x = np.float32([[0.6, 1.2], [10.0, -20.0]])
         to_x, to_scale = self.both(x, np.float32([0.5, 1.0]))
         np.testing.assert_array_equal(to_x, [[1, 1], [0, 0]])
-        np.testing.assert_allclose(to_scale, [-0.2 + 7, -0.2 - 8], rtol=1e-6)
+        np.testing.assert_allclose(to_scale, [-0.2 + 7, -0.2 - 8], rtol=1e-6)  # float32
 
     def test_the_gradient_scale_damps_the_scale_only(self):
         to_x, to_scale = self.both([0.6, 10.0], 0.5, 0.25)
         np.testing.assert_array_equal(to_x, [1, 0])
-        np.testing.assert_allclose(to_scale, 0.25 * 6.8, rtol=1e-6)
+        np.testing.assert_allclose(to_scale, 0.25 * 6.8, rtol=1e-6)  # float32
 
     def test_none_stops_the_gradient_of_the_scale(self):
         to_x, to_scale = self.both([0.6, 10.0], 0.5, None)
@@ -137,7 +137,7 @@ class TestGradient:
         )
         to_x, to_scale = self.both(x, 0.5)
         np.testing.assert_array_equal(to_x, 0)
-        np.testing.assert_allclose(to_scale, difference, rtol=1e-6)
+        np.testing.assert_allclose(to_scale, difference, rtol=1e-6)  # float32
 
 
 class TestSigns:
@@ -158,4 +158,4 @@ class TestSigns:
             return ops.sum(codes * ops.stop_gradient(scale))
 
         (to_x,) = gradient(value, [0.5, -1.0, 1.0625, 0.0])
-        np.testing.assert_allclose(to_x, expected, rtol=1e-6)
+        np.testing.assert_allclose(to_x, expected, rtol=1e-6)  # float32

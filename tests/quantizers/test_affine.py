@@ -42,7 +42,7 @@ def test_calibration_covers_the_values_and_zero():
     assert quantizer.static_bounds() == (-50, 205)  # -1 * 255 / 5.1
     quantizer.fit_scale(np.float32([1.0, 2.55]))
     assert quantizer.static_bounds() == (0, 255)
-    assert quantizer.grid().scale == pytest.approx(0.01, rel=1e-6)
+    assert quantizer.grid().scale == pytest.approx(0.01, rel=1e-6)  # float32
 
 
 def test_a_given_scale_stays_and_counts_as_calibrated():
@@ -57,7 +57,7 @@ def test_narrower_codes_keep_the_ends():
     quantizer = built(scale=0.1, lo=-51)  # reals -5.1..20.4 over 255 steps
     quantizer.set_bits(4)
     assert quantizer.static_bounds() == (-3, 12)
-    assert quantizer.grid().scale == pytest.approx(1.7, rel=1e-6)
+    assert quantizer.grid().scale == pytest.approx(1.7, rel=1e-6)  # float32
     again = Affine.from_config(quantizer.get_config())
     again.build((None, 4))
     assert again.static_bounds() == (-3, 12)

@@ -36,6 +36,7 @@ class TestKernels:
         for bits in (2, 4, 7):
             quantizer = built(bits, (2,))
             (to_x,) = gradient(lambda t, q=quantizer: ops.sum(q(t)), x)
+            # Float32, through tanh and back.
             np.testing.assert_allclose(to_x, [0.45, 1.05], rtol=1e-5)
 
     def test_at_1_bit_they_are_signs_with_gradient_everywhere(self):
@@ -45,7 +46,7 @@ class TestKernels:
         np.testing.assert_array_equal(codes, [[1, -1], [1, -1]])
         assert scale == 1.5  # 6 / 4: one scale for the tensor
         (to_x,) = gradient(lambda t: ops.sum(quantizer(t)), x)
-        np.testing.assert_allclose(to_x, np.ones((2, 2)), rtol=1e-6)
+        np.testing.assert_allclose(to_x, np.ones((2, 2)), rtol=1e-6)  # float32
 
     @pytest.mark.parametrize("bits", [2, 3, 7])
     def test_the_ends_are_reached_and_zero_is_not(self, bits):
@@ -87,14 +88,14 @@ class TestActivations:
     def test_the_gradient_passes_inside_the_clip(self):
         quantizer = self.unsigned(clip=1.0)
         (to_x,) = gradient(lambda t: ops.sum(quantizer(t)), [self.x])
-        np.testing.assert_allclose(to_x, [[0, 1, 1, 1, 1, 0]], rtol=1e-6)
+        np.testing.assert_allclose(to_x, [[0, 1, 1, 1, 1, 0]], rtol=1e-6)  # float32
 
     def test_signed_ones_clip_both_ends(self):
         quantizer = built(3, (None, 4), role="activation", clip=3.0)  # codes -3..3
         x = [[-9.0, -3.0, 1.2, 3.1]]
         np.testing.assert_array_equal(encode(quantizer, x)[0], [[-3, -3, 1, 3]])
         (to_x,) = gradient(lambda t: ops.sum(quantizer(t)), x)
-        np.testing.assert_allclose(to_x, [[0, 1, 1, 0]], rtol=1e-6)
+        np.testing.assert_allclose(to_x, [[0, 1, 1, 0]], rtol=1e-6)  # float32
 
     def test_a_given_clip_stays_and_others_come_from_data(self):
         given, free = self.unsigned(clip=2.0), self.unsigned()

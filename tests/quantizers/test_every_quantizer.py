@@ -12,7 +12,7 @@ NAMES = quantizers.names()
 CASES = [(name, role) for name in NAMES for role in type(quantizers.get(name)).roles]
 every_case = pytest.mark.parametrize(("name", "role"), CASES)
 # The scale of these kernels is computed from the kernel and is no state.
-SCALES_OF_THE_KERNEL = ("minmax", "ternary", "levels")
+WITHOUT_A_GRID = [(name, "kernel") for name in ("minmax", "ternary", "levels")]
 
 
 def width(name, wanted):
@@ -49,18 +49,6 @@ class TestEveryQuantizer:
         assert again.get_config() == first.get_config()
         assert again.bits == width(name, 5)
         assert again.role == role
-
-    def test_zeros_alone_start_on_a_scale_of_no_extreme_size(self, name, role):
-        # A tiny one would make the ratios of a sum extreme. Every scale here that fits is 1 / hi.
-        if name in ("ternary", "levels"):
-            return  # means of a filter: export gives a filter of zeros a scale of its own
-        quantizer = quantizers.get(name, bits=width(name, 4), role=role)
-        zeros = np.zeros((31, 3), np.float32)
-        quantizer.build(zeros.shape)
-        quantizer.fit_scale(zeros)
-        codes, scale = encode(quantizer, zeros)
-        assert np.all(np.isfinite(codes * scale))
-        assert np.all(scale > 1e-3)
 
     def test_a_saved_model_loads_with_equal_codes(self, name, role, x, tmp_path):
         inputs = keras.Input((3,))
@@ -99,21 +87,6 @@ class TestEveryQuantizer:
         assert scale.shape == ()
         values = ops.convert_to_numpy(calibrated(name, role, x)(x))
         np.testing.assert_array_equal(values, codes * scale)
-
-    @pytest.mark.parametrize("bits", [2, 4, 7])
-    def test_the_static_grid_is_the_one_in_use(self, name, role, bits, x):
-        quantizer = calibrated(name, role, x, bits)
-        if name in SCALES_OF_THE_KERNEL and role == "kernel":
-            with pytest.raises(ValueError, match=r"encode\(kernel\)"):
-                quantizer.grid()
-            return
-        grid = quantizer.grid()
-        codes = np.array(quantizer.static_bounds())
-        assert grid.signs == (name == "sign")
-        if not grid.signs:
-            assert (grid.lo, grid.hi) == (codes[0], codes[1])
-        ends = grid.offset + grid.scale * np.array([grid.lo, grid.hi], np.float32)
-        np.testing.assert_array_equal(ends, encode(quantizer, x)[1] * codes.astype(np.float32))
 
     def test_codes_of_its_own_output_are_the_same_codes(self, name, role, x):
         quantizer = calibrated(name, role, x)
@@ -183,6 +156,39 @@ class TestEveryQuantizer:
         assert quantizer.bits == width(name, 4)
         for old, variable in zip(before, quantizer.variables, strict=True):
             np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
+
+
+# Means of a filter: export gives a filter of zeros a scale of its own.
+@pytest.mark.parametrize(("name", "role"), [c for c in CASES if c[0] not in ("ternary", "levels")])
+def test_zeros_alone_start_on_a_scale_of_no_extreme_size(name, role):
+    # A tiny one would make the ratios of a sum extreme. Every scale here that fits is 1 / hi.
+    quantizer = quantizers.get(name, bits=width(name, 4), role=role)
+    zeros = np.zeros((31, 3), np.float32)
+    quantizer.build(zeros.shape)
+    quantizer.fit_scale(zeros)
+    codes, scale = encode(quantizer, zeros)
+    assert np.all(np.isfinite(codes * scale))
+    assert np.all(scale > 1e-3)
+
+
+@pytest.mark.parametrize(("name", "role"), [c for c in CASES if c not in WITHOUT_A_GRID])
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_the_static_grid_is_the_one_in_use(name, role, bits, x):
+    quantizer = calibrated(name, role, x, bits)
+    grid = quantizer.grid()
+    codes = np.array(quantizer.static_bounds())
+    assert grid.signs == (name == "sign")
+    if not grid.signs:
+        assert (grid.lo, grid.hi) == (codes[0], codes[1])
+    ends = grid.offset + grid.scale * np.array([grid.lo, grid.hi], np.float32)
+    np.testing.assert_array_equal(ends, encode(quantizer, x)[1] * codes.astype(np.float32))
+
+
+@pytest.mark.parametrize(("name", "role"), WITHOUT_A_GRID)
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_a_scale_of_the_kernel_has_no_static_grid(name, role, bits, x):
+    with pytest.raises(ValueError, match=r"encode\(kernel\)"):
+        calibrated(name, role, x, bits).grid()
 
 
 @pytest.mark.parametrize("name", [name for name, role in CASES if role == "kernel"])

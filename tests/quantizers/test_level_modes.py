@@ -47,9 +47,8 @@ def by_hand():
 
 class TestBasis:
     def test_a_weight_is_the_sum_of_its_signed_basis(self):
-        np.testing.assert_allclose(
-            values(by_hand(), np.zeros(4)), [1.5, 0.5, -0.5, -1.5], rtol=1e-6
-        )
+        made = values(by_hand(), np.zeros(4))
+        np.testing.assert_allclose(made, [1.5, 0.5, -0.5, -1.5], rtol=1e-6)  # float32
 
     def test_gradients(self):
         """dq = 1, 2, 3, 4, over sqrt(4 * 1) for the basis; the STE of a sign ends at 1."""
@@ -63,6 +62,7 @@ class TestBasis:
         np.testing.assert_array_equal(to_x, 0)
         # 1 - 2 + 3 - 4 and 1 + 2 - 3 - 4
         np.testing.assert_allclose(to_basis, [-1.0, -2.0], rtol=1e-5)
+        # Float32 sums.
         np.testing.assert_allclose(to_latents, [[0.5, 1, 1.5, 2], [1, 2, 3, 0]], rtol=1e-5)
 
     def test_the_basis_gradient_is_exact_against_finite_differences(self):
@@ -107,7 +107,7 @@ class TestBasis:
 
     def test_before_a_fit_levels_are_even(self):
         levels = np.sort(numpy(built("basis", (1,), bits=3).levels()))
-        np.testing.assert_allclose(levels, np.linspace(-1, 1, 8), atol=1e-6)
+        np.testing.assert_allclose(levels, np.linspace(-1, 1, 8), atol=1e-6)  # float32
 
 
 class TestSelector:
@@ -125,19 +125,20 @@ class TestSelector:
                 lambda t: 2.0 * ops.sum(quantizer(t)), [5.0], variables=[quantizer.logits]
             )
 
-        np.testing.assert_allclose(values(quantizer, [5.0]), [1.0], rtol=1e-6)
+        np.testing.assert_allclose(values(quantizer, [5.0]), [1.0], rtol=1e-6)  # float32 sums
         to_x, found = to_logits()
         np.testing.assert_array_equal(to_x, 0)
-        np.testing.assert_allclose(found.ravel(), [-0.75, 0.75], rtol=1e-5)
+        np.testing.assert_allclose(found.ravel(), [-0.75, 0.75], rtol=1e-5)  # float32
         quantizer.temperature.assign(2.0)
         share = 1 / (1 + np.sqrt(3))
+        # Float32, through softmax.
         np.testing.assert_allclose(
             to_logits()[1].ravel(), [-2 * share * (1 - share), 2 * share * (1 - share)], rtol=1e-5
         )
 
     def test_of_equal_logits_the_first_wins(self):
         quantizer = built("selector", (3,), bits=1)
-        np.testing.assert_allclose(values(quantizer, np.zeros(3)), -1.0, rtol=1e-6)
+        np.testing.assert_allclose(values(quantizer, np.zeros(3)), -1.0, rtol=1e-6)  # float32
 
     @pytest.mark.parametrize("per_filter", [False, True])
     def test_it_starts_where_the_codebook_does(self, per_filter):
@@ -153,6 +154,7 @@ class TestBoth:
     def test_compiled_values_are_the_eager_ones(self, mode):
         x = normal(31, 5)
         quantizer = fitted(mode, x)
+        # Levels are float32 sums.
         np.testing.assert_allclose(compiled(quantizer)(x), values(quantizer, x), atol=1e-6)
 
     def test_what_the_float_kernel_does_no_longer_matters(self, mode):
@@ -170,6 +172,7 @@ class TestBoth:
         assert np.abs(codes).max() == 127
         assert set(codes) <= set(quantizer.code_table())
         assert (np.diff(quantizer.code_table()) >= 0).all()
+        # Half a step of the int8 grid, and float32.
         np.testing.assert_allclose(codes * scale, before, atol=scale / 2 * 1.001)
 
 

@@ -42,6 +42,7 @@ class TestForward:
     def test_each_filter_has_levels_of_its_own_if_asked(self):
         x = np.stack([X, X * 2], axis=-1)
         both = built(np.stack([LEVELS, LEVELS], -1) * [1, 2], x.shape, per_filter=True, axis=-1)
+        # As above, and times 2.
         np.testing.assert_allclose(values(both, x)[:, 1], np.multiply(NEAREST, 2), rtol=1e-5)
         one = built(LEVELS, x.shape, axis=-1)
         assert one.levels().shape == (4,)
@@ -49,9 +50,8 @@ class TestForward:
     def test_two_levels_around_zero_are_the_binary_quantizer(self):
         x = np.float32([0.5, -0.25, 1.0, -1.25])
         signs, scale = uniform.signs(ops.convert_to_tensor(x), (0,))
-        np.testing.assert_allclose(
-            values(built([-0.75, 0.75], x.shape), x), numpy(signs * scale), rtol=1e-6
-        )
+        made = values(built([-0.75, 0.75], x.shape), x)
+        np.testing.assert_allclose(made, numpy(signs * scale), rtol=1e-6)  # float32
 
     def test_the_order_of_weights_does_not_matter(self):
         x = np.random.default_rng(0).normal(size=99).astype(np.float32)
@@ -85,9 +85,16 @@ class TestGradient:
         to_levels = np.array([6, 9, 13, 27]) / np.sqrt(10)
         gaps = np.diff(LEVELS)
         slopes = 1 - np.exp(-gaps / gaps.mean())
-        np.testing.assert_allclose(to_lowest, to_levels.sum(), rtol=1e-5)
+        np.testing.assert_allclose(to_lowest, to_levels.sum(), rtol=1e-5)  # float32 sums
         above = np.cumsum(to_levels[::-1])[::-1][1:]
-        np.testing.assert_allclose(to_gaps, above * slopes, rtol=1e-4)
+        np.testing.assert_allclose(to_gaps, above * slopes, rtol=1e-4)  # float32, through softplus
+
+    def test_at_3_bits_the_damping_counts_codes_too(self):
+        """Twelve weights that share eight levels, dq = 1: 12 / sqrt(12 * 3) = 2."""
+        x = np.linspace(-4, 3, 12)
+        quantizer = built(np.arange(-4.0, 4.0), x.shape)
+        _, to_lowest = gradient(lambda t: ops.sum(quantizer(t)), x, variables=[quantizer.lowest])
+        np.testing.assert_allclose(to_lowest, 2.0, rtol=1e-5)  # a float32 sum of twelve
 
     def test_it_is_exact_against_finite_differences(self):
         """Loss sum (q - y)^2 by a level; no threshold is crossed within the step."""
@@ -102,7 +109,7 @@ class TestGradient:
             return np.sum((np.array(NEAREST) + shift - y) ** 2)
 
         slope = (loss(1e-4) - loss(-1e-4)) / 2e-4
-        np.testing.assert_allclose(to_lowest, slope / np.sqrt(10), rtol=1e-5)
+        np.testing.assert_allclose(to_lowest, slope / np.sqrt(10), rtol=1e-5)  # float32 sums
 
     def test_weights_far_outside_get_none(self):
         quantizer = built(LEVELS, X.shape)
@@ -111,7 +118,7 @@ class TestGradient:
         wanted[[0, -1]] = 0  # the mask reaches from -1.4 to 2.1
         inside = np.ones(10, bool)
         inside[1] = False  # on its edge, to a float32 rounding
-        np.testing.assert_allclose(to_x[inside], wanted[inside], rtol=1e-6)
+        np.testing.assert_allclose(to_x[inside], wanted[inside], rtol=1e-6)  # float32
 
     def test_levels_stay_sorted_under_any_gradient(self):
         quantizer = built(LEVELS, X.shape)
@@ -127,7 +134,7 @@ class TestGradient:
 class TestStart:
     def test_lloyd_finds_the_means_of_clusters(self):
         x = np.array([-1.1, -0.9, -0.1, 0.0, 0.1, 0.9, 1.0, 1.1, 3.0, 3.0])
-        np.testing.assert_allclose(levels_of(x, 4), [-1, 0, 1, 3], atol=1e-12)
+        np.testing.assert_allclose(levels_of(x, 4), [-1, 0, 1, 3], atol=1e-12)  # float64
 
     def test_gaussian_data_get_the_known_best_levels(self):
         """Max 1960: four levels of a unit Gaussian at 0.4528 and 1.510."""
@@ -148,6 +155,7 @@ class TestStart:
         quantizer = Levels(2, init="uniform")
         quantizer.build((3,))
         quantizer.fit_scale(np.float32([0.5, -3.0, 1.0]))
+        # Float32, through softplus.
         np.testing.assert_allclose(numpy(quantizer.levels()), [-3, -1, 1, 3], rtol=1e-5)
 
 

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_lowbit import layers
 from keras_lowbit.quantizers import LSQ
-from keras_lowbit.quantizers.base import PositiveScale
+from keras_lowbit.quantizers.state import PositiveScale
 from tests.gradients import gradient
 
 
@@ -36,7 +36,7 @@ def test_the_gradient_of_equations_1_to_3():
     for x, to_scale in ((0.6, -0.2), (10.0, 7), (-10.0, -7)):
         got_x, got_scale = gradients(built((3,), 0.5), [x, 0.0, 0.0])
         np.testing.assert_array_equal(got_x, [float(abs(x) < 1), 1, 1])
-        np.testing.assert_allclose(got_scale, to_scale / np.sqrt(21), rtol=1e-5)
+        np.testing.assert_allclose(got_scale, to_scale / np.sqrt(21), rtol=1e-5)  # float32
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_the_scale_is_damped_by_all_weights_or_the_features_of_a_sample(shape, o
     x = np.zeros([{None: d}.get(s, s) for s, d in zip(shape, (2, 4, 5, 3), strict=False)], "f")
     x.flat[0] = 100.0
     _, to_scale = gradients(quantizer, x)
-    np.testing.assert_allclose(to_scale.flat[0], 7 / np.sqrt(n * 7), rtol=1e-5)
+    np.testing.assert_allclose(to_scale.flat[0], 7 / np.sqrt(n * 7), rtol=1e-5)  # float32
     assert (to_scale.reshape(-1)[1:] == 0).all()
 
 
@@ -84,7 +84,7 @@ def test_at_1_bit_codes_are_signs_and_the_scale_is_the_mean_magnitude():
     np.testing.assert_array_equal(codes, [[1, 1], [-1, -1]])
     np.testing.assert_array_equal(scale, [1.0, 0.25])
     to_x, to_scale = gradients(quantizer, x)
-    np.testing.assert_allclose(to_x, [[1, 1], [0, 1]], rtol=1e-6)
+    np.testing.assert_allclose(to_x, [[1, 1], [0, 1]], rtol=1e-6)  # float32
     np.testing.assert_array_equal(to_scale, [0, 0])
     with pytest.raises(ValueError, match=r"encode\(kernel\)"):
         quantizer.grid()
@@ -110,7 +110,7 @@ class TestMaxValue:
     def test_a_scale_above_the_cap_still_learns(self):
         # 0.5 / 0.4 = 1.25, code 1: 1 - 1.25 = -0.25, damped by 1 / sqrt(1 * 15)
         _, to_scale = gradients(self.quantizer(1.0), [[0.5]])
-        np.testing.assert_allclose(to_scale, -0.25 / np.sqrt(15), rtol=1e-5)
+        np.testing.assert_allclose(to_scale, -0.25 / np.sqrt(15), rtol=1e-5)  # float32
 
     @pytest.mark.parametrize("value", [0.0, -6.0])
     def test_it_is_positive(self, value):
@@ -135,8 +135,8 @@ class TestSetBits:
         assert quantizer.bits == bits
         _, after = quantizer.static_bounds()
         got = float(ops.convert_to_numpy(quantizer.scale))
-        assert got == pytest.approx(scale, rel=1e-6)
-        assert got * after == pytest.approx(before, rel=1e-6)
+        assert got == pytest.approx(scale, rel=1e-6)  # float32
+        assert got * after == pytest.approx(before, rel=1e-6)  # float32
 
     def test_before_build_it_sets_the_width_to_build_with(self):
         quantizer = LSQ(8)
@@ -245,7 +245,7 @@ class TestElementWiseGradientScaling:
     def test_each_channel_by_its_own_scale(self):
         quantizer = built((2, 2), [0.5, 1.0], axis=-1, gradient="ewgs", delta=0.7)
         to_x, _ = self.gradients(quantizer, 2.0, [[0.3, 0.6], [0.6, 1.2]])
-        np.testing.assert_allclose(to_x, [[1.96, 1.96], [2.02, 2.02]], rtol=1e-6)
+        np.testing.assert_allclose(to_x, [[1.96, 1.96], [2.02, 2.02]], rtol=1e-6)  # float32
 
     def test_codes_and_the_gradient_to_the_scale_are_those_of_lsq(self):
         x = np.random.default_rng(0).normal(size=(31, 3)).astype(np.float32)
@@ -268,7 +268,7 @@ class TestElementWiseGradientScaling:
     def test_binary_kernels_keep_their_gradient(self):
         quantizer = built((4,), 0.5, bits=1, gradient="ewgs", delta=0.7)
         to_x, _ = self.gradients(quantizer, 2.0, [0.3, -0.6, 0.9, 4.0])
-        np.testing.assert_allclose(to_x, [2, 2, 2, 0], rtol=1e-6)
+        np.testing.assert_allclose(to_x, [2, 2, 2, 0], rtol=1e-6)  # float32
 
     def test_a_model_trains_with_it_and_loads_again(self, backend, tmp_path):
         layer = layers.QuantizedDense(

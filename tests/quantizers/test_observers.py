@@ -31,7 +31,7 @@ class TestMinMaxOfKernels:
         for factor in (1, 2):
             codes, scale = encode(quantizer, factor * kernel)
             np.testing.assert_array_equal(codes, [[7, 4], [-4, -7]])  # +-3.5 -> +-4, half to even
-            np.testing.assert_allclose(scale, np.float32([0.1, 2.0]) * factor, rtol=1e-6)
+            np.testing.assert_allclose(scale, np.float32([0.1, 2.0]) * factor, rtol=1e-6)  # float32
 
     def test_either_sign_may_decide_on_a_lopsided_grid(self):
         # 2 bits, -2..1: -3 / -2 = 1.5 against 1 / 1
@@ -42,7 +42,7 @@ class TestMinMaxOfKernels:
     def test_gradients_pass_everywhere_and_not_through_the_range(self):
         quantizer = built(MinMax(4), (3,))
         (to_x,) = gradient(lambda t: ops.sum(quantizer(t)), [7.0, -0.3, 2.2])
-        np.testing.assert_allclose(to_x, [1, 1, 1], rtol=1e-6)
+        np.testing.assert_allclose(to_x, [1, 1, 1], rtol=1e-6)  # float32
 
     def test_at_1_bit_codes_are_signs(self):
         codes, scale = encode(built(MinMax(1), (2,)), [0.5, -1.5])
@@ -165,7 +165,7 @@ class TestFixedScales:
         quantizer = activation(cls)
         quantizer.take_scale(np.float32(2.0))
         quantizer.set_bits(4)
-        assert quantizer.grid().scale == pytest.approx(6 / 15, rel=1e-6)
+        assert quantizer.grid().scale == pytest.approx(6 / 15, rel=1e-6)  # float32
 
 
 @pytest.mark.parametrize("percentile", [50, 100.1])

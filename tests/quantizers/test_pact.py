@@ -33,8 +33,8 @@ def test_equation_2_rounds_what_equation_1_clips():
 )
 def test_equation_3(x, to_x, to_alpha):
     got_x, got_alpha = gradients(built(alpha=6.0), [[x, -1, -1, -1, -1]])
-    np.testing.assert_allclose(got_x, [[to_x, 0, 0, 0, 0]], rtol=1e-6)
-    np.testing.assert_allclose(got_alpha, to_alpha, rtol=1e-6)
+    np.testing.assert_allclose(got_x, [[to_x, 0, 0, 0, 0]], rtol=1e-6)  # float32
+    np.testing.assert_allclose(got_alpha, to_alpha, rtol=1e-6)  # float32
 
 
 def test_above_the_clip_it_is_the_finite_difference():
@@ -43,15 +43,15 @@ def test_above_the_clip_it_is_the_finite_difference():
         return ops.convert_to_numpy(values).sum()
 
     _, to_alpha = gradients(built(alpha=6.0), [[50, 60, -1, -1, -1]])
-    np.testing.assert_allclose(to_alpha, (value(6.5) - value(5.5)), rtol=1e-6)
+    np.testing.assert_allclose(to_alpha, (value(6.5) - value(5.5)), rtol=1e-6)  # float32
 
 
 def test_a_signed_grid_gives_its_lower_end_too():
     """8 bits, codes -128..127, alpha = 127: the lower end is -128 alpha / 127."""
     quantizer = built(8, signed=True, alpha=127.0)
     to_x, to_alpha = gradients(quantizer, [[-200.0, -128.0, 0.0, 126.0, 127.0]])
-    np.testing.assert_allclose(to_x, [[0, 1, 1, 1, 0]], rtol=1e-6)
-    np.testing.assert_allclose(to_alpha, 1 - 128 / 127, atol=1e-6)
+    np.testing.assert_allclose(to_x, [[0, 1, 1, 1, 0]], rtol=1e-6)  # float32
+    np.testing.assert_allclose(to_alpha, 1 - 128 / 127, atol=1e-6)  # float32
 
 
 def test_the_clip_stays_when_the_bits_change():

@@ -43,20 +43,20 @@ class TestProjection:
     def test_codes_and_scale_of_the_seven_tenths_rule(self):
         codes, scale = encode(built(), X)
         np.testing.assert_array_equal(codes, [1, -1, 0, 0, 0])
-        np.testing.assert_allclose(scale, 0.95, rtol=1e-6)
+        np.testing.assert_allclose(scale, 0.95, rtol=1e-6)  # float32
 
     def test_each_filter_has_a_threshold_and_a_scale_of_its_own(self):
         x = np.stack([X, 10 * X[::-1]], axis=-1)
         codes, scale = encode(built((5, 2), axis=-1), x)
         np.testing.assert_array_equal(codes, [[1, 0], [-1, 0], [0, 0], [0, -1], [0, 1]])
-        np.testing.assert_allclose(scale, [0.95, 9.5], rtol=1e-6)
+        np.testing.assert_allclose(scale, [0.95, 9.5], rtol=1e-6)  # float32
 
     @pytest.mark.parametrize(("zeros", "kept"), [(0.0, 5), (0.2, 4), (0.4, 3), (0.8, 1)])
     def test_a_quantile_leaves_the_share_of_zeros_asked_for(self, zeros, kept):
         codes, scale = encode(built(threshold="quantile", zeros=zeros), X)
         largest = np.sort(np.abs(X))[::-1][:kept]
         assert np.abs(codes).sum() == kept
-        np.testing.assert_allclose(scale, largest.mean(), rtol=1e-6)
+        np.testing.assert_allclose(scale, largest.mean(), rtol=1e-6)  # float32
 
     def test_a_learned_threshold_starts_at_the_rule_and_moves_with_its_variable(self):
         quantizer = built(threshold="learned")
@@ -67,7 +67,7 @@ class TestProjection:
     def test_a_learned_scale_starts_at_least_squares(self):
         quantizer = built(scale="learned")
         quantizer.fit_scale(X)
-        np.testing.assert_allclose(encode(quantizer, X)[1], 0.95, rtol=1e-6)
+        np.testing.assert_allclose(encode(quantizer, X)[1], 0.95, rtol=1e-6)  # float32
         quantizer.scale.assign(2.0)
         assert encode(quantizer, X)[1] == 2
 
@@ -85,6 +85,7 @@ class TestProjection:
         codes, scale = encode(built(), X)
         cosine = float(ops.convert_to_numpy(ternary.cosine(*tensors(X, codes), (0,))))
         error = np.sum((X - scale * codes) ** 2)
+        # 1 - cos^2 in float32.
         np.testing.assert_allclose(error, np.sum(X**2) * (1 - cosine**2), rtol=1e-5)
 
     def test_a_filter_of_zeros_has_codes_zero_a_positive_scale_and_finite_gradients(self):
@@ -100,7 +101,7 @@ class TestProjection:
 class TestGradient:
     def test_straight_through_is_one_everywhere(self):
         (to_x,) = gradient(lambda t: ops.sum(built()(t) * DQ), X)
-        np.testing.assert_allclose(to_x, [1, 2, 3, 4, 5], rtol=1e-6)
+        np.testing.assert_allclose(to_x, [1, 2, 3, 4, 5], rtol=1e-6)  # float32
 
     def test_the_sigmoids_factor_at_a_quarter_of_the_threshold(self):
         """tau = Delta / 4: r(Delta) = 1, r(0) = 8 g(4) = 0.1413, r(2 Delta) = 4 (g(4) + g(12)).
@@ -111,7 +112,7 @@ class TestGradient:
         x = np.float32([0, 1, 2, -2, -1, 0, 0, 0, 0, 0])
         x[-1] = 10 / 0.7 - np.abs(x).sum()
         factors = [8 * sigmoid_slope(4), 1.0, 4 * (sigmoid_slope(4) + sigmoid_slope(12))]
-        np.testing.assert_allclose(factors, [0.1413, 1, 0.0707], atol=5e-5)
+        np.testing.assert_allclose(factors, [0.1413, 1, 0.0707], atol=5e-5)  # four digits by hand
         for floor, at_two in ((0.1, 0.1), (0.0, factors[2])):
             quantizer = built((10,), gradient="sigmoid", temperature=0.25, floor=floor)
             (to_x,) = gradient(lambda t, q=quantizer: ops.sum(q(t)), x)
@@ -121,21 +122,22 @@ class TestGradient:
 
     def test_two_humps_that_merge_are_cut_at_one(self):
         """tau = Delta: 8 g(1) = 1.573 at 0."""
-        assert 8 * sigmoid_slope(1) == pytest.approx(1.573, abs=1e-3)
+        assert 8 * sigmoid_slope(1) == pytest.approx(1.573, abs=1e-3)  # four digits by hand
         (to_x,) = gradient(lambda t: ops.sum(built(gradient="sigmoid")(t)), [0.0, *X[1:]])
-        assert to_x[0] == pytest.approx(1, rel=1e-6)
+        assert to_x[0] == pytest.approx(1, rel=1e-6)  # float32
 
     def test_the_temperature_is_a_variable(self):
         quantizer = built(gradient="sigmoid", temperature=1.0)
         quantizer.temperature.assign(0.25)
         (to_x,) = gradient(lambda t: ops.sum(quantizer(t)), [0.0, *X[1:]])
+        # Delta is a float32 mean times 0.7.
         assert to_x[0] == pytest.approx(8 * sigmoid_slope(4), rel=1e-4)
 
     def test_a_learned_scale_gets_the_codes_over_the_root_of_their_number(self):
         """dq = 1, 2, 3, 4, 5; codes 1, -1, 0, 0, 0: (1 - 2) / sqrt(5)."""
         quantizer = built(scale="learned")
         _, to_scale = gradient(lambda t: ops.sum(quantizer(t) * DQ), X, variables=[quantizer.scale])
-        np.testing.assert_allclose(to_scale, -1 / np.sqrt(5), rtol=1e-5)
+        np.testing.assert_allclose(to_scale, -1 / np.sqrt(5), rtol=1e-5)  # float32
 
     def test_a_learned_threshold_feels_the_soft_projection(self):
         """Against finite differences of S(x), in units of 4 tau, over mean |x| and sqrt(N)."""
@@ -150,9 +152,8 @@ class TestGradient:
 
         slope = (soft(0.7 + 1e-5) - soft(0.7 - 1e-5)) / 2e-5
         assert delta == pytest.approx(0.35)
-        np.testing.assert_allclose(
-            got, 4 * tau * np.sum(np.arange(1, 6) * slope) / np.sqrt(5), rtol=1e-4
-        )
+        wanted = 4 * tau * np.sum(np.arange(1, 6) * slope) / np.sqrt(5)
+        np.testing.assert_allclose(got, wanted, rtol=1e-4)  # as above
 
 
 class TestAsKernels:

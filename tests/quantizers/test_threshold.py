@@ -47,7 +47,7 @@ def test_the_scale_is_the_adjusted_threshold_over_the_highest_code():
 def test_unsigned_grids_divide_by_all_their_codes():
     """The corrected formula: 15 steps of 0.4 reach 6."""
     quantizer = built((None, 2), 6.0, signed=False, role="activation")
-    np.testing.assert_allclose(values(quantizer, [[6.0, 7.0]]), [[6.0, 6.0]], rtol=1e-6)
+    np.testing.assert_allclose(values(quantizer, [[6.0, 7.0]]), [[6.0, 6.0]], rtol=1e-6)  # float32
 
 
 def test_the_gradient_to_alpha_is_that_of_lsq_up_to_the_threshold_over_the_highest_code():
@@ -74,7 +74,7 @@ def test_alpha_feels_a_saturated_value_inside_its_range_only(alpha, passes):
     (to_x, to_alpha) = gradient(
         lambda t: ops.sum(quantizer(t)), [50.0], variables=[quantizer.alpha]
     )
-    np.testing.assert_allclose(to_alpha, 2.0 * passes, rtol=1e-6)
+    np.testing.assert_allclose(to_alpha, 2.0 * passes, rtol=1e-6)  # float32
     assert to_x == 0
 
 
@@ -84,7 +84,7 @@ def test_an_asymmetric_grid_has_a_rounded_zero_point():
     assert quantizer.static_bounds() == (-64, 191)
     codes, scale = encode(quantizer, [[-1.0, 0.0, 3.1]])
     np.testing.assert_array_equal(codes, [[-64, 0, 191]])
-    np.testing.assert_allclose(scale, 4 / 255, rtol=1e-6)
+    np.testing.assert_allclose(scale, 4 / 255, rtol=1e-6)  # float32
 
 
 def test_shift_and_width_move_an_asymmetric_grid():
@@ -109,19 +109,20 @@ def test_the_gradient_of_an_asymmetric_grid(x, to_alpha, to_shift):
         lambda t: ops.sum(quantizer(t)), [[x]], variables=[quantizer.alpha, quantizer.shift]
     )
     np.testing.assert_allclose(found[0], [[float(to_shift == 0)]])
-    np.testing.assert_allclose(found[1:], [to_alpha, to_shift], rtol=1e-5)
+    np.testing.assert_allclose(found[1:], [to_alpha, to_shift], rtol=1e-5)  # float32
 
 
 def test_a_new_width_keeps_the_threshold():
     quantizer = built((2,), 3.0, bits=8)
     top = values(quantizer, [9.0, -9.0])
     quantizer.set_bits(4)
-    np.testing.assert_allclose(values(quantizer, [9.0, -9.0]), top, rtol=1e-6)
+    np.testing.assert_allclose(values(quantizer, [9.0, -9.0]), top, rtol=1e-6)  # float32
 
 
 def test_calibration_takes_the_range_and_resets_alpha():
     quantizer = built((2, 2), 1.0, alpha=0.6, axis=-1)
     quantizer.fit_scale(np.float32([[1.0, -4.0], [-2.0, 3.0]]), "minmax")
+    # Float32.
     np.testing.assert_allclose(ops.convert_to_numpy(quantizer.threshold), [2.0, 4.0], rtol=1e-6)
     np.testing.assert_array_equal(ops.convert_to_numpy(quantizer.alpha), [1, 1])
 

@@ -22,6 +22,7 @@ def quantizer():
 def test_the_penalty_by_hand():
     """0.2^2 + 0.1^2 + 0.2^2 = 0.09, times 3; clipped weights and those on the grid cost nothing."""
     penalty = Dampening(quantizer(), 3.0)(np.float32(W))
+    # Differences w - q in float32.
     np.testing.assert_allclose(ops.convert_to_numpy(penalty), 0.27, rtol=1e-5)
 
 
@@ -29,7 +30,7 @@ def test_the_gradient_by_hand():
     """2 * 3 * (w - q) = 6 * (-0.2, 0.1, -0.2), none to clipped weights and none to the scale."""
     made = quantizer()
     to_w, to_scale = gradient(Dampening(made, 3.0), W, variables=[made.scale])
-    np.testing.assert_allclose(to_w, [-1.2, 0.6, -1.2, 0, 0, 0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(to_w, [-1.2, 0.6, -1.2, 0, 0, 0], rtol=1e-5, atol=1e-6)  # as above
     assert to_scale == 0
 
 

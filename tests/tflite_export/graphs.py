@@ -60,6 +60,19 @@ class Builder:
             **fields,
         )
 
+    def copy(self, x, **grid):
+        """Codes on another grid: a depthwise convolution of ones."""
+        shape = self.tensors[x].shape
+        return self.op(
+            ir.DepthwiseConv2D,
+            x,
+            shape=shape,
+            kernel=np.ones((1, 1, shape[-1], 1), np.int8),
+            kernel_scale=np.ones(shape[-1], np.float32),
+            bias=np.zeros(shape[-1], np.int32),
+            **grid,
+        )
+
     def graph(self, *outputs):
         return ir.Graph(self.tensors, tuple(self.ops), tuple(self.inputs), outputs)
 
@@ -76,15 +89,7 @@ def small_network(storage="int8", seed=0):
     paddings = ((0, 0), (0, 1), (1, 0), (0, 0))
     x = b.same_grid(ir.Pad, x, shape=(1, 14, 12, 3), paddings=paddings)
     x = b.product(ir.Conv2D, x, (3, 3, 3, 8), (1, 6, 5, 8), strides=(2, 2))
-    y = b.op(
-        ir.Requantize,
-        x,
-        shape=(1, 6, 5, 8),
-        scale=6 / 15,
-        zero_point=-128,
-        activation="relu6",
-        name="clipped",
-    )
+    y = b.copy(x, scale=6 / 15, zero_point=-128, activation="relu6", name="clipped")
     y = b.product(ir.DepthwiseConv2D, y, (3, 3, 8, 2), (1, 6, 5, 16), padding="SAME")
     y = b.product(
         ir.FullyConnected,

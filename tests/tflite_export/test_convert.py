@@ -350,6 +350,11 @@ def test_the_edge_tpu_takes_int8_kernels_and_one_image():
         (lambda: K.Conv2D(2, 3, dilation_rate=(2, 1), name="odd"), r"odd .*Got \(2, 1\)"),
         (lambda: K.Dense(2, name="odd"), r"odd .*one-dimensional.*Got \(7, 5, 2\).*1x1"),
         (lambda: K.Softmax(name="odd"), r"odd .*softmax over one dimension.*Got \(7, 5, 3\)"),
+        (lambda: K.Reshape((5, 7, 1, 3), name="odd"), r"odd .*three innermost.*\(1, 5, 7, 1, 3\)"),
+        (
+            lambda: lambda x: keras.ops.pad(x, ((0, 0), (0, 0), (0, 0), (1, 0))),
+            r"pad.* pads along height and width only",
+        ),
     ],
 )
 def test_what_the_edge_tpu_would_leave_to_the_cpu_is_named_before_training(layer, message):
@@ -400,6 +405,7 @@ def test_a_sum_outside_the_runtimes_range_of_scales_becomes_exact():
     assert result.mismatches == 0
     (op,) = (op for op in result.graph if op.kind == "add")
     scales = [result.graph.tensors[name].scale for name in (*op.inputs, op.output)]
+    # Scales are written as float32.
     assert min(scales[:2]) / scales[2] == pytest.approx(2.0**-9, rel=1e-5)
 
 

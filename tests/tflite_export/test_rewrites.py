@@ -3,9 +3,10 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 from keras_lowbit import calibrate, quantize_model
-from keras_lowbit.kinds import REWRITES, known_layers
+from keras_lowbit.kinds import CALL_REWRITES, REWRITES, known_layers
 from tflite_export import check, convert
 
 pytestmark = pytest.mark.runtime
@@ -129,6 +130,31 @@ def test_what_to_write_computes_the_same(name):
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+def split(x):
+    first, second, third = ops.split(x, 3, axis=-1)
+    return K.Concatenate()([third, first, second])
+
+
+def sliced(x):
+    return K.Concatenate()([x[..., 2:], x[..., :1], x[..., 1:2]])
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "rewrite"),
+    [("Clip", lambda x: ops.clip(x, 0.0, 2.0), K.ReLU(2.0)), ("Split", split, sliced)],
+)
+def test_calls_say_what_to_write_too(name, call, rewrite):
+    old, new = model_of(IMAGE, call), model_of(IMAGE, rewrite)
+    new.set_weights(old.get_weights())
+    (sentence,) = check(old)
+    assert f"({name}) has no integer form. Write {CALL_REWRITES[name]} instead" in sentence
+    np.testing.assert_array_equal(
+        new.predict(data(IMAGE), verbose=0), old.predict(data(IMAGE), verbose=0)
+    )
+    model = calibrate(quantize_model(new, "w4a4"), data(IMAGE))
+    assert convert(model, verify=data(IMAGE)).mismatches == 0
 
 
 def test_a_layer_without_a_rewrite_says_which_layers_export():

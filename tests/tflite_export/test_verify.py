@@ -181,18 +181,11 @@ def test_additions_match_code_for_code(scale_a, scale_b, scale_out, activation):
     ("scale", "scale_out"),
     [(0.05, 6 / 15), (0.05, 1 / 7), (0.3, 0.011), (1.0, 1.0), (0.002, 1.0), (2.0, 0.008)],
 )
-def test_requantizations_match_code_for_code(scale, scale_out, zero_point, activation):
+def test_copies_on_other_grids_match_code_for_code(scale, scale_out, zero_point, activation):
     b = Builder()
-    x = b.input(1, 256, scale=scale, zero_point=-9)
-    y = b.op(
-        ir.Requantize,
-        x,
-        shape=(1, 256),
-        scale=scale_out,
-        zero_point=zero_point,
-        activation=activation,
-    )
-    every_code = np.arange(-128, 128, dtype=np.int8)[None]
+    x = b.input(1, 16, 16, 1, scale=scale, zero_point=-9)
+    y = b.copy(x, scale=scale_out, zero_point=zero_point, activation=activation)
+    every_code = np.arange(-128, 128, dtype=np.int8).reshape(1, 16, 16, 1)
     assert_exact(b.graph(y), every_code, codes=1)
 
 

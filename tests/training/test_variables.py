@@ -29,6 +29,7 @@ def test_decay_acts_on_kernels_alone():
     for variable, old in zip(variables, before, strict=True):
         kernel = variable.path.endswith("/kernel")
         kernels += kernel
+        # Float32.
         np.testing.assert_allclose(numpy(variable), old * (0.95 if kernel else 1.0), rtol=1e-6)
     assert kernels == 3
 
@@ -61,7 +62,7 @@ def test_what_a_loaded_model_trains_on_with_is_told_again():
     gain_before, before = numpy(gain), numpy(kernel)
     model.fit(x, y, batch_size=8, verbose=0)
     np.testing.assert_array_equal(numpy(gain), gain_before)
-    np.testing.assert_allclose(numpy(kernel), before * 0.95**3, rtol=1e-6)
+    np.testing.assert_allclose(numpy(kernel), before * 0.95**3, rtol=1e-6)  # as above
 
 
 def test_rates_name_the_variables_of_quantizers_and_no_others():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_lowbit import walk
-from keras_lowbit.transform.batches import Batches, checked_batches
+from keras_lowbit.transform.batches import CheckedBatches, checked_batches
 
 pytestmark = pytest.mark.once
 NO_END = "no end: say how many batches to read by steps="
@@ -45,7 +45,7 @@ class LikeGrain:
 
 @pytest.mark.parametrize("endless", [Numbered(None), LikeGrain()])
 def test_of_a_data_set_without_end_as_many_batches_are_read_as_asked_for(program, endless):
-    batches = Batches(program, endless, None, steps=3)
+    batches = CheckedBatches(program, endless, None, steps=3)
     assert (len(batches), batches.images) == (3, 12)
     assert [x[0, 0] for (x,) in batches] == [0, 1, 2]
 
@@ -53,7 +53,7 @@ def test_of_a_data_set_without_end_as_many_batches_are_read_as_asked_for(program
 @pytest.mark.parametrize("endless", [Numbered(None), LikeGrain()])
 def test_a_data_set_without_end_needs_steps(program, endless):
     with pytest.raises(ValueError, match=NO_END):
-        Batches(program, endless, None)
+        CheckedBatches(program, endless, None)
 
 
 @pytest.mark.parametrize(("steps", "count"), [(None, 2), (1, 1), (5, 2)])

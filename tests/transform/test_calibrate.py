@@ -331,7 +331,7 @@ def test_a_model_that_makes_nan_is_named_and_left_as_it_was():
 def test_a_given_input_range_is_kept():
     model = net(input_range=(-1, 1))
     calibrate(model, images(low=-0.25, high=0.25))
-    np.testing.assert_allclose(scales(model)["image_quantize"], 2 / 255, rtol=1e-6)
+    np.testing.assert_allclose(scales(model)["image_quantize"], 2 / 255, rtol=1e-6)  # float32
 
 
 def test_a_model_without_quantizers_is_no_silent_success():

@@ -8,6 +8,7 @@ from keras import ops
 import tflite_export
 from keras_lowbit import fold_batchnorm, zoo
 from keras_lowbit.transform import calibrate, quantize_model, rescale_pairs
+from tests.transform.nearness import rounding_noise
 
 K = keras.layers
 SHAPE = (8, 8, 3)
@@ -42,7 +43,8 @@ def test_an_adapted_normalization_has_its_mean_and_variance_in_copies(copy):
         wanted = ops.convert_to_numpy(getattr(model.get_layer("norm"), name))
         made = ops.convert_to_numpy(getattr(norm, name))
         np.testing.assert_array_equal(made, wanted)
-    # (mean + deviation - mean) / deviation, but for the 64 images' own moments
+    # (mean + deviation - mean) / deviation, but for the 64 images' own moments: of 4,096 pixels a
+    # mean is 0.016 deviations off and a deviation 0.011, and 0.1 is five times both
     ends = np.broadcast_to(np.add(MEAN, DEVIATION).astype("float32"), (1, *SHAPE))
     np.testing.assert_allclose(ops.convert_to_numpy(norm(ends)), 1.0, atol=0.1)
 
@@ -125,9 +127,12 @@ def test_functions_that_keras_cannot_write_down_are_shared_with_the_copy():
     x = K.Conv2D(4, 1, activation=halved, name="b")(x)
     model = keras.Model(inputs, K.Dense(2, name="c")(K.Flatten()(x)))
     data = images() / 40
-    for copy in (fold_batchnorm(model), calibrate(quantize_model(model, "w8a8"), data)):
-        wanted, made = model.predict(data, verbose=0), copy.predict(data, verbose=0)
-        np.testing.assert_allclose(made, wanted, atol=0.03 * np.abs(wanted).max())
+    wanted = model.predict(data, verbose=0)
+    # Without batch norms the folded model is the same one.
+    np.testing.assert_array_equal(fold_batchnorm(model).predict(data, verbose=0), wanted)
+    quantized = calibrate(quantize_model(model, "w8a8"), data)
+    made = quantized.predict(data, verbose=0)
+    np.testing.assert_allclose(made, wanted, atol=rounding_noise(quantized, wanted))
     assert any("triple (Lambda) has no integer form" in line for line in tflite_export.check(model))
 
 

@@ -8,6 +8,7 @@ import tflite_export
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
 from keras_lowbit.transform import calibrate, quantize_model
+from tests.transform.nearness import rounding_noise
 
 K = keras.layers
 SHAPE = (8, 8, 3)
@@ -73,19 +74,24 @@ def model_of(body, scaling=None):
 
 
 def assert_close(model, data, **options):
+    """Within the noise of all roundings, at twice that behind the batch norm.
+
+    There values of 0..1 become 0..1 - 5, and a kernel's error is a share of the 5.
+    """
+    noise = 2 if "bn" in {layer.name for layer in model.layers} else 1
     quantized = calibrate(quantize_model(model, "w8a8", **options), data)
     wanted = model.predict(data, verbose=0)
     made = quantized.predict(data, verbose=0)
-    np.testing.assert_allclose(made, wanted, atol=0.04 * np.abs(wanted).max())
+    np.testing.assert_allclose(made, wanted, atol=noise * rounding_noise(quantized, wanted))
     return quantized
 
 
-@pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("scaling", SCALINGS)
+CASES = [(body, scaling) for scaling in SCALINGS for body in BODIES]
+
+
+@pytest.mark.parametrize(("body", "scaling"), CASES)
 def test_every_reader_of_a_rescaled_image_sees_its_reals(body, scaling):
     quantized = assert_close(model_of(body, scaling), PIXELS)
-    if scaling[1] == 0.0 and body in (skip, gated):
-        return  # on its own grid the image is no tensor to add yet
     graph = integer_graph(quantized, input_type="uint8")
     made = reference.run(graph, {graph.inputs[0]: PIXELS.astype("uint8")})[graph.outputs[0]]
     wanted = quantized.predict(PIXELS, verbose=0)
@@ -104,7 +110,7 @@ def test_a_float_stem_sees_the_reals():
     quantized = calibrate(quantize_model(model, {"*": "w8a8", "conv": None}), PIXELS)
     wanted = model.predict(PIXELS, verbose=0)
     np.testing.assert_allclose(
-        quantized.predict(PIXELS, verbose=0), wanted, atol=0.04 * np.abs(wanted).max()
+        quantized.predict(PIXELS, verbose=0), wanted, atol=rounding_noise(quantized, wanted)
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 import keras_lowbit as klb
-from keras_lowbit.transform.leave_ties import ties
+from keras_lowbit.transform.leave_ties import leave_ties, ties
 
 K = keras.layers
 IMAGES = np.random.default_rng(0).random((8, 8, 8, 3)).astype("float32")
@@ -77,3 +77,24 @@ def test_a_scale_moves_by_very_little_and_old_ones_stay(monkeypatch):
     kept = scale(before)
     klb.calibrate(before, IMAGES, only_new=True)
     assert scale(before) == kept
+
+
+def test_a_scale_that_moves_onto_a_tie_behind_it_moves_that_too():
+    """With s = 4095 / 4096: a and b in steps 1/2 and 1 tie on 1, so that grid becomes s.
+
+    Behind it 1 / (2 s) was no tie and s / (2 s) = 1/2 is one: the second grid becomes 2 s^2.
+    """
+    share = 4095 / 4096
+    inputs = keras.Input((2, 2, 3))
+    first = K.Add(name="first")([K.Conv2D(2, 1, name=name)(inputs) for name in ("a", "b")])
+    second = K.Add(name="second")([first, K.Conv2D(2, 1, name="c")(inputs)])
+    model = klb.calibrate(
+        klb.quantize_model(keras.Model(inputs, second), "w8a8"), IMAGES[:, :2, :2]
+    )
+    scales = {"a": 0.5, "b": 1.0, "first": 1.0, "c": 2 * share, "second": 2 * share}
+    quantizers = {name: model.get_layer(f"{name}_quantize").quantizer for name in scales}
+    for name, scale in scales.items():
+        quantizers[name].take_scale(np.float32(scale))
+    leave_ties(model, [quantizers["first"], quantizers["second"]])
+    found = {name: float(ops.convert_to_numpy(q.scale)) for name, q in quantizers.items()}
+    assert found == {**scales, "first": share, "second": 2 * share**2}

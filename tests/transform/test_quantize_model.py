@@ -8,6 +8,7 @@ from keras_lowbit import NotExportable, layers, quantizers
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
 from keras_lowbit.transform import calibrate, fold_batchnorm, quantize_model
+from tests.transform.nearness import rounding_noise
 
 K = keras.layers
 SHAPE = (6, 5, 3)
@@ -33,14 +34,14 @@ def kernels(model):
     return {x.name: x.kernel_quantizer.bits for x in quantized}
 
 
-def assert_close(model, scheme=FLAT8, data=None, atol=0.02, **kwargs):
+def assert_close(model, scheme=FLAT8, data=None, **kwargs):
     """The 8-bit model gives the float model's outputs, nearly, and can become integers."""
     data = images() if data is None else data
     quantized = calibrate(quantize_model(model, scheme, **kwargs), data)
     expected, made = model.predict(data, verbose=0), quantized.predict(data, verbose=0)
     keras.tree.assert_same_structure(expected, made)
     for a, b in zip(keras.tree.flatten(expected), keras.tree.flatten(made), strict=True):
-        np.testing.assert_allclose(b, a, atol=atol * max(1.0, np.abs(a).max()))
+        np.testing.assert_allclose(b, a, atol=rounding_noise(quantized, a))
     return quantized
 
 
@@ -202,7 +203,8 @@ def test_a_slice_that_turns_an_image_round_is_refused():
     inputs = keras.Input(SHAPE)
     x = K.Conv2D(4, 3, name="a")(inputs)[:, ::-1]
     (line,) = tflite_export.check(keras.Model(inputs, K.Conv2D(2, 1, name="b")(x)))
-    assert "only x[:, ::s, ::t, :] is supported" in line
+    assert "only slices that step forward" in line
+    assert "Got x[:, ::-1]" in line
 
 
 def test_adding_a_number_is_not_lost():
@@ -240,6 +242,7 @@ def test_a_softmax_stays_at_the_end_behind_a_grid():
     model = keras.Model(inputs, K.Dense(3, activation="softmax", name="p")(inputs))
     data = images(shape=(4,))
     quantized = assert_close(model, data=data)
+    # A float32 softmax.
     np.testing.assert_allclose(quantized.predict(data, verbose=0).sum(-1), 1, atol=1e-5)
     integer_graph(quantized)
 
@@ -385,7 +388,7 @@ def test_rescaling_becomes_the_input_grid_with_256_codes():
     pixels = np.arange(256, dtype="float32")
     codes, scale = quantizer.to_codes(ops.convert_to_tensor(pixels / 127.5 - 1))
     assert len(np.unique(numpy(codes))) == 256
-    np.testing.assert_allclose(float(numpy(scale)), 1 / 127.5, rtol=1e-6)
+    np.testing.assert_allclose(float(numpy(scale)), 1 / 127.5, rtol=1e-6)  # float32
     data = np.round(images() * 255)
     assert_same_integers(assert_close(model, data=data), data, pixels=data)
 
@@ -400,7 +403,7 @@ def test_input_range_keeps_256_codes_and_its_offset_in_the_bias():
     quantizer = affine_of(quantized)
     codes, _ = quantizer.to_codes(ops.convert_to_tensor(np.linspace(-1, 1, 256, dtype="float32")))
     assert len(np.unique(numpy(codes))) == 256
-    np.testing.assert_allclose(abs(quantizer.offset), 1 / 255, rtol=1e-5)
+    np.testing.assert_allclose(abs(quantizer.offset), 1 / 255, rtol=1e-5)  # float32
     layer = quantized.get_layer("c")
     total = numpy(model.get_layer("c").kernel).sum(axis=(0, 1, 2))
     # Biases are whole numbers of units that a file can hold, so half a unit off at most.
@@ -438,7 +441,8 @@ def test_without_a_known_range_the_images_decide():
     low, high = affine_of(quantized).static_bounds()
     scale = float(numpy(affine_of(quantized).scale))
     assert high - low == 255
-    np.testing.assert_allclose([low * scale, high * scale], [-0.5, 2.0], atol=0.02)
+    # Ends are whole codes: one step of 2.5 / 255.
+    np.testing.assert_allclose([low * scale, high * scale], [-0.5, 2.0], atol=2.5 / 255)
 
 
 def test_outputs_that_are_whole_numbers_get_no_grid():

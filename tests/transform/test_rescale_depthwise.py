@@ -182,6 +182,16 @@ def test_pairs_that_cannot_be_rescaled_are_named():
         assert why in text
 
 
+@pytest.mark.parametrize("method", ["fat", "cle"])
+def test_a_grouped_reader_is_named(method):
+    """Its kernel's input channels are those of a group: channel 0 of it reads dw's 0, 1 and 2."""
+    inputs = keras.Input((7, 5, 3))
+    x = K.DepthwiseConv2D(3, name="dw")(inputs)
+    model = keras.Model(inputs, K.Conv2D(6, 1, groups=3, name="grouped")(x))
+    with pytest.raises(ValueError, match=r"no pair to rescale .*'dw': 'grouped has groups'"):
+        rescale_pairs(model, IMAGES, method=method)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [({"method": "dfq"}, "method must be one of"), ({"limit": 6.0}, "between 0 and 6")],

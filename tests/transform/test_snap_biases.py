@@ -72,20 +72,56 @@ def wrong_codes(model, images):
     return wrong
 
 
-def test_a_bias_becomes_a_whole_number_of_units():
-    """Scales 1/4 of the input and 1/8 of the kernel: unit 1/32; 0.30 is 9.6 units, so 10."""
+def snapped(kernel_scales, bias):
+    """The bias of a dense layer afterwards, between grids of steps 1/4."""
     inputs = keras.Input((2,))
     pair = klb.layers.Quantize("lsq", signed=False)(inputs)
-    layer = klb.layers.QuantizedDense(1)
+    layer = klb.layers.QuantizedDense(len(bias))
     made = klb.layers.Quantize("lsq")(layer(pair))
     model = keras.Model(inputs, klb.layers.Dequantize()(made))
     for quantizer in (model.layers[1].quantizer, model.layers[3].quantizer):
         quantizer.take_scale(np.float32(0.25))
-    layer.kernel.assign([[1.0], [-0.5]])
-    layer.kernel_quantizer.take_scale(np.float32([0.125]))
-    layer.bias.assign([0.30])
+    layer.kernel.assign(np.outer([1.0, -0.5], np.ones(len(bias))))
+    layer.kernel_quantizer.take_scale(np.float32(kernel_scales))
+    layer.bias.assign(np.float32(bias))
     snap_biases(model)
-    np.testing.assert_array_equal(ops.convert_to_numpy(layer.bias), np.float32([10 / 32]))
+    return np.array(ops.convert_to_numpy(layer.bias))
+
+
+def test_a_bias_becomes_a_whole_number_of_units():
+    """Scales 1/4 of the input and 1/8 of the kernel: unit 1/32; 0.30 is 9.6 units, so 10."""
+    np.testing.assert_array_equal(snapped([0.125], [0.30]), np.float32([10 / 32]))
+
+
+def test_a_bias_without_a_nearest_code_stays():
+    """Channel 1 saturates: 512 steps of the output a unit, of which the file holds 255.5.
+
+    Its bias of 300 is 2.3 units of 128, code 2, which the file reads as 2 * 63.9. Channel 2 is
+    dead: its unit is the output's 1/4, and 2^29 more than the 2^30 of them that a file holds.
+    """
+    found = snapped([0.125, 512.0, 2.0**-40], [0.30, 300.0, 2.0**29])
+    np.testing.assert_array_equal(found, np.float32([10 / 32, 300.0, 2.0**29]))
+
+
+def test_a_bias_that_two_batch_norms_read_stays():
+    """Each rounds it by a gain of its own. `quantize_model` puts a grid there; by hand one may not.
+
+    Both norms are new ones, so that both ask for the same shift and only their number forbids it.
+    """
+    inputs = keras.Input((2, 2, 3))
+    x = klb.layers.Quantize("lsq")(inputs)
+    x = klb.layers.QuantizedConv2D(4, 1, bias_initializer="ones", name="conv")(x)
+    outputs = [
+        klb.layers.Dequantize()(klb.layers.Quantize("lsq")(K.BatchNormalization(name=name)(x)))
+        for name in ("first", "second")
+    ]
+    model = keras.Model(inputs, outputs)
+    klb.calibrate(model, np.random.default_rng(0).random((4, 2, 2, 3)).astype("float32"))
+    snap_biases(model)
+    for layer, name in (("conv", "bias"), ("first", "beta"), ("second", "beta")):
+        found = ops.convert_to_numpy(getattr(model.get_layer(layer), name))
+        np.testing.assert_array_equal(found, np.full(4, float(name == "bias"), "float32"))
+    assert largest_shift(model) > 0.1
 
 
 def test_codes_in_keras_become_those_of_the_file(net, images):
@@ -131,7 +167,7 @@ def test_calibrated_and_corrected_models_are_snapped(images):
         step()
         before = [np.array(w) for w in made.get_weights()]
         for a, b in zip(before, snap_biases(made).get_weights(), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # float32 sums
 
 
 def test_a_layer_called_on_two_grids_keeps_its_bias(images):

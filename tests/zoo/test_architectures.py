@@ -153,7 +153,7 @@ def test_one_image_gives_logits_and_features(name):
     made = outputs(model, pixels(2, 32, 32, 3))
     assert made.shape == (2, 5)
     assert np.isfinite(made).all()
-    assert not np.allclose(made[0], made[1], rtol=1e-4)
+    assert not np.allclose(made[0], made[1], rtol=1e-4)  # far more than float32
     features = tiny(name, include_top=False)
     assert features.output_shape == model.layers[-1].input.shape
 

@@ -7,10 +7,11 @@ import numpy as np
 from keras_lowbit import layers
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.activations import activated
-from keras_lowbit.integer.affine import numpy_of
 from keras_lowbit.integer.grids import grid_of, on_grid
 from keras_lowbit.integer.products import kernel_codes
 from keras_lowbit.integer.values import Linear, NotExportable, OnGrid
+from keras_lowbit.layers.packed_kernels import kernels
+from keras_lowbit.numerics.arrays import float64_of
 from keras_lowbit.numerics.windows import same_padding
 
 
@@ -35,7 +36,8 @@ def product(lowering, call):
     if isinstance(layer, layers.QuantizedSeparableConv2D):
         value = _separable(lowering, call, value)
     else:
-        value = _linear(lowering, call, value, layer.kernel, layer.kernel_quantizer, layer.bias)
+        (kernel,) = kernels(layer)
+        value = _linear(lowering, call, value, kernel, bias=layer.bias)
     value = activated(value, call, call.name)
     if layer.output_quantizer is not None:
         value = lowering.emitter.put(
@@ -48,28 +50,14 @@ def _separable(lowering, call, value):
     layer = call.operation
     if layer.between_quantizer is None:
         raise NotExportable(f"{call.name}: between_quantizer=None leaves a float tensor inside")
-    spatial = _conv_shape(value.shape, layer, layer.depthwise_kernel.shape)
-    first = _linear(
-        lowering,
-        call,
-        value,
-        layer.depthwise_kernel,
-        layer.depthwise_quantizer,
-        None,
-        shape=(*spatial, value.shape[-1] * layer.depth_multiplier),
-    )
+    depthwise, pointwise = kernels(layer)
+    spatial = _conv_shape(value.shape, layer, depthwise.latent.shape)
+    shape = (*spatial, value.shape[-1] * layer.depth_multiplier)
+    first = _linear(lowering, call, value, depthwise, shape=shape)
     between = lowering.emitter.put(
         first, grid_of(lowering, call, layer.between_quantizer), f"{call.name}/depthwise"
     )
-    return _linear(
-        lowering,
-        call,
-        between,
-        layer.pointwise_kernel,
-        layer.pointwise_quantizer,
-        layer.bias,
-        pointwise=True,
-    )
+    return _linear(lowering, call, between, pointwise, bias=layer.bias)
 
 
 def _conv_shape(shape, layer, kernel_shape):
@@ -82,21 +70,20 @@ def _conv_shape(shape, layer, kernel_shape):
     return (shape[0], *sizes)
 
 
-def _linear(lowering, call, value, kernel, quantizer, bias, *, shape=None, pointwise=False):
+def _linear(lowering, call, value, kernel, *, bias=None, shape=None):
+    """A product with one kernel (`packed_kernels.Kernel`); `shape` where it is not the call's."""
     layer = call.operation
     if not isinstance(value, OnGrid):
         raise NotExportable(f"{call.name}: its input has no grid; put a Quantize layer before it")
-    codes, scale, bits = kernel_codes(layer, kernel, quantizer)
+    codes, scale, bits = kernel_codes(layer, kernel)
     attributes = {}
     if isinstance(layer, layers.QuantizedDense):
         op = ir.FullyConnected
-    elif pointwise:
+    elif kernel.part == "pointwise":
         op = ir.Conv2D
         attributes = {"padding": "VALID"}
     else:
-        depthwise = len(codes.shape) == 4 and kernel is not getattr(layer, "pointwise_kernel", None)
-        depthwise = depthwise and not isinstance(layer, layers.QuantizedConv2D)
-        op = ir.DepthwiseConv2D if depthwise else ir.Conv2D
+        op = ir.DepthwiseConv2D if kernel.depthwise else ir.Conv2D
         attributes = {
             "strides": tuple(layer.strides),
             "dilation": tuple(layer.dilation_rate),
@@ -110,7 +97,7 @@ def _linear(lowering, call, value, kernel, quantizer, bias, *, shape=None, point
         inputs=value,
         kernel=codes,
         kernel_scale=scale,
-        bias=np.zeros(channels) if bias is None else numpy_of(bias),
+        bias=np.zeros(channels) if bias is None else float64_of(bias),
         kernel_bits=bits,
         shape=shape or lowering.shape(call.output),
         source=call.name,

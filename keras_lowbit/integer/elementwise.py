@@ -1,0 +1,34 @@
+"""Rules for calls that join two tensors number by number."""
+
+from __future__ import annotations
+
+from keras_lowbit.integer import graph as ir
+from keras_lowbit.integer.values import Elementwise, NotExportable
+
+
+def add(lowering, call):
+    """A sum, on a grid to come."""
+    first, second = _two(lowering, call)
+    if first.shape != second.shape:
+        raise NotExportable(
+            f"{call.name}: only equal shapes are added. Got {first.shape} and {second.shape}; "
+            "repeat the smaller one, such as (1, 1, channels) with UpSampling2D"
+        )
+    return Elementwise(ir.Add, first, second, first.shape, call.name)
+
+
+def multiply(lowering, call):
+    """A product of two tensors, on a grid to come."""
+    first, second = _two(lowering, call)
+    if len(first.shape) != len(second.shape):
+        raise NotExportable(
+            f"{call.name}: tensors to multiply must have as many axes. Got {first.shape} and "
+            f"{second.shape}; keep the axes (keepdims=True) or reshape"
+        )
+    return Elementwise(ir.Multiply, first, second, lowering.shape(call.output), call.name)
+
+
+def _two(lowering, call):
+    if len(call.inputs) != 2:
+        raise NotExportable(f"{call.name}: expected two tensors. Got {len(call.inputs)}")
+    return lowering.grid_tensor(call, 0), lowering.grid_tensor(call, 1)
