@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -26,13 +27,14 @@ AFRESH = "Start afresh with an empty directory"
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path` when the block ends well.
 
-    It has the suffix of `path` and a name that no other process has; what a killed writer left
-    behind is written over by a process of the same number, or stays.
+    It has the suffix of `path` and a name that no other process or thread has; what a killed writer
+    left behind is written over by one of the same numbers, or stays.
 
     Raises:
         OSError: the disk is full or refuses; names the file. An older file is untouched.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    writer = f"{os.getpid()}-{threading.get_native_id()}"
+    temporary = path.with_name(f".{path.stem}.{writer}.partial{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

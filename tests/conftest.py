@@ -1,5 +1,6 @@
 """What every test shares: a fixed seed, fresh layer names, golden texts, quiet logs."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -89,3 +90,26 @@ def golden(request):
         )
 
     return compare
+
+
+@pytest.fixture
+def contents():
+    """`contents(folder)`: bytes of every file below, to see that nothing changed."""
+    return lambda folder: {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def small_disk():
+    """`with small_disk(n)`: no file may grow beyond `n` bytes, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+
+    @contextlib.contextmanager
+    def limited(size):
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    return limited

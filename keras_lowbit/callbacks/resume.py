@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 import shutil
@@ -54,6 +56,7 @@ class Resume(keras.callbacks.Callback):
         ValueError: `every` below 1, `directory` is a file, or something in `also` has no state;
             when training starts, a snapshot that is damaged, of another model, or taken without
             one of `also`.
+        OSError: the disk is full or refuses; names the snapshot. An older one is untouched.
     """
 
     def __init__(
@@ -116,15 +119,26 @@ class Resume(keras.callbacks.Callback):
         final = self.directory / f"epoch_{epoch + 1:06d}"
         unfinished = final.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        self._keras_backup(unfinished).on_epoch_end(epoch)
-        states = [ops.convert_to_numpy(state) for state in self._seed_states()]
-        np.savez(unfinished / _SEEDS, **{f"{i:06d}": state for i, state in enumerate(states)})
-        for i, callback in enumerate(self.also):
-            np.savez(unfinished / _STATE.format(i), **callback.get_state())
-        os.replace(unfinished, final)
+        try:
+            unfinished.mkdir(parents=True)
+            self._fill(unfinished, epoch)
+            os.replace(unfinished, final)
+        except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            number = error.errno or errno.EIO
+            reason = f"{os.strerror(number)}; no snapshot was taken and an older one is untouched"
+            raise OSError(number, reason, str(final)) from error
         for older in self._snapshots()[:-1]:
             shutil.rmtree(older)
+
+    def _fill(self, folder, epoch):
+        backup = self._keras_backup(folder)
+        backup.set_model(_SavedInMemory(self.model))
+        backup.on_epoch_end(epoch)
+        states = [ops.convert_to_numpy(state) for state in self._seed_states()]
+        np.savez(folder / _SEEDS, **{f"{i:06d}": state for i, state in enumerate(states)})
+        for i, callback in enumerate(self.also):
+            np.savez(folder / _STATE.format(i), **callback.get_state())
 
     def _arrays_of(self, snapshot):
         """Random states, and the arrays of each of `also`."""
@@ -159,6 +173,33 @@ class Resume(keras.callbacks.Callback):
         model = self.model
         weights = {id(v) for v in model.weights}
         return [v for v in model.variables if id(v) not in weights]
+
+
+class _SavedInMemory:
+    """Stands for a model whose weights are saved: HDF5 in memory, then its bytes at once.
+
+    Where HDF5 itself meets a full disk its files cannot be closed any more, and the process ends in
+    a segmentation fault.
+    """
+
+    def __init__(self, model):
+        self._model = model
+
+    def save_weights(self, filepath, overwrite=True):
+        content = _NamedBytes(filepath)
+        self._model.save_weights(content, overwrite=overwrite)
+        Path(filepath).write_bytes(content.getvalue())
+
+
+class _NamedBytes(io.BytesIO):
+    """Bytes that Keras takes for a file, by the ending of its name."""
+
+    def __init__(self, name):
+        super().__init__()
+        self._name = str(name)
+
+    def __str__(self):
+        return self._name
 
 
 def forget_initial_epoch(model: keras.Model) -> None:

@@ -13,7 +13,7 @@ from keras_lowbit import data as datasets
 from keras_lowbit import packed, walk, zoo
 from keras_lowbit.integer.integer_op import IntegerOp
 from keras_lowbit.kinds import kind_of
-from keras_lowbit.whole_files import DAMAGE, replacing
+from keras_lowbit.whole_files import DAMAGE, first_line, replacing
 from keras_lowbit.zoo.build import load_weights
 
 # Keras' and HDF5's readers let more through.
@@ -29,21 +29,28 @@ def load_model(path: str | Path) -> keras.Model:
     path = Path(path)
     if path.suffix != ".keras":
         raise ValueError(f"{path}: expected a .keras file")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    check_file(path, "a .keras file")
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
             manifest = packed.PACKAGE in json.loads(archive.read("metadata.json"))
     except _DAMAGE as error:
-        raise ValueError(f"{path} is damaged or no .keras file ({_short(error)})") from error
+        raise ValueError(f"{path} is damaged or no .keras file ({first_line(error)})") from error
     if broken:
         raise ValueError(f"{path} is damaged: the checksum of {broken} differs")
     load = packed.load_packed if manifest else keras.models.load_model
     try:
         return load(path, compile=False)
     except _DAMAGE as error:
-        raise ValueError(f"{path} cannot be loaded ({_short(error)})") from error
+        raise ValueError(f"{path} cannot be loaded ({first_line(error)})") from error
+
+
+def check_file(path: Path, wanted: str) -> None:
+    """Raise `ValueError` where no file lies at `path`."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected {wanted}")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
 
 
 def build_float(name: str, weights: str = "", **options) -> keras.Model:
@@ -75,7 +82,7 @@ def build_float(name: str, weights: str = "", **options) -> keras.Model:
         try:
             load_weights(model, weights)
         except _DAMAGE as error:
-            raise ValueError(f"{weights} does not fit {name} ({_short(error)})") from error
+            raise ValueError(f"{weights} does not fit {name} ({first_line(error)})") from error
     return model
 
 
@@ -152,8 +159,7 @@ def read_tflite(path: str | Path) -> bytes:
         ValueError: no such file, or no `.tflite`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    check_file(path, "a .tflite file")
     content = path.read_bytes()
     if content[4:8] != b"TFL3":
         raise ValueError(f"{path} is damaged or no .tflite file: it lacks the identifier TFL3")
@@ -208,13 +214,7 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({_short(error)}). Remove it") from error
+        raise ValueError(f"{path} is damaged ({first_line(error)}). Remove it") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged (no object). Remove it")
     return found
-
-
-def _short(error: BaseException) -> str:
-    """The first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

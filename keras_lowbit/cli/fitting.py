@@ -66,8 +66,7 @@ def fit(
         loss = keras.losses.CategoricalCrossentropy
     learner = model
     if train.distill and teacher is not None:
-        if not logits:
-            raise ValueError("distill needs a model that ends in logits; this one ends in softmax")
+        check_logits(model)
         made = mutual_distiller if methods.mutual else distiller
         learner = made(teacher, model, train)
     validation = None
@@ -196,6 +195,18 @@ def mutual_distiller(float_model, student, train):
         b_s=train.distill,
         temperature=train.temperature,
     )
+
+
+def check_logits(model) -> None:
+    """See that a model's logits can be distilled into.
+
+    Raises:
+        ValueError: it ends in probabilities.
+    """
+    if not ends_in_logits(model):
+        raise ValueError(
+            "distill needs a model that ends in logits; this one ends in softmax. Build it without"
+        )
 
 
 def ends_in_logits(model) -> bool:

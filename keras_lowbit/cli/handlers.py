@@ -11,7 +11,7 @@ import tflite_export
 from keras_lowbit import data as datasets
 from keras_lowbit import packed, zoo
 from keras_lowbit.analysis import summary
-from keras_lowbit.cli import files, measure, trainer
+from keras_lowbit.cli import files, measure, report, trainer
 from keras_lowbit.cli.allocator import keep_memory
 from keras_lowbit.cli.inspection import inspect as inspection
 from keras_lowbit.cli.pixels import Intake, range_of
@@ -40,7 +40,7 @@ def train(config: str, flags) -> int:
     keep_memory()
     metrics = trainer.run_recipe(recipe, out, verbose=verbose, tune=flags.tune)
     print(f"Results: {out}")
-    return FAILED if trainer.wrong_codes(metrics) else 0
+    return FAILED if report.wrong_codes(metrics) else 0
 
 
 def quantize(name: str, flags) -> int:
@@ -79,7 +79,8 @@ def evaluate(name: str, flags) -> int:
         kind = ".tflite"
         dataset = files.load_data(flags.data, shape, name)
         x, y = _test_images(dataset, flags.images)
-        measure.check_classes(path, measure.file_classes(session), dataset, _is_folder(flags))
+        classes = measure.file_classes(session, path)
+        measure.check_classes(path, classes, dataset, _is_folder(flags))
         answers = measure.file_answers(session, x, f"run {path.name}", intake=intake)
     else:
         model = files.load_model(path)
@@ -88,7 +89,8 @@ def evaluate(name: str, flags) -> int:
             raise ValueError(f"{path} was never calibrated: keras-lowbit quantize, or calibrate")
         dataset = files.load_data(flags.data, files.image_shape(model), name)
         x, y = _test_images(dataset, flags.images)
-        measure.check_classes(path, model.output_shape[-1], dataset, _is_folder(flags))
+        classes = measure.output_classes(model, path)
+        measure.check_classes(path, classes, dataset, _is_folder(flags))
         answers = measure.keras_answers(model, x, what=f"run {path.name}")
     scored = measure.score(answers, y)
     row = (path, kind, f"{path.stat().st_size:,}", scored["right"], len(y), measure.shown(scored))

@@ -12,6 +12,7 @@ from keras_lowbit.cli import files
 from keras_lowbit.integer import frozen
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.progress import table
+from keras_lowbit.whole_files import first_line
 from tflite_export import runtime
 
 # Names of `schema.TensorType` and their width; other types are shown without constants' range.
@@ -29,8 +30,7 @@ def inspect(path: str | Path) -> str:
         return _of_tflite(path)
     if path.suffix == ".keras":
         return _of_keras(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file")
+    files.check_file(path, "a .keras or a .tflite file")
     raise ValueError(f"{path}: expected a .keras or a .tflite file")
 
 
@@ -114,8 +114,8 @@ def _operation(schema, model, graph, operator):
     number = max(code.builtinCode, code.deprecatedBuiltinCode)
     name = _name_of(schema.BuiltinOperator, number)
     if code.customCode:
-        name = f"{name} {code.customCode.decode()}"
-    tensors = [graph.tensors[i] for i in operator.outputs]
+        name = f"{name} {_decoded(code.customCode)}"
+    tensors = [graph.tensors[i] for i in operator.outputs if i >= 0]
     constants = [
         _constant(schema, model, graph.tensors[i])
         for i in operator.inputs
@@ -123,8 +123,8 @@ def _operation(schema, model, graph, operator):
     ]
     return Operation(
         name,
-        tuple(t.name.decode() for t in tensors),
-        tuple(int(n) for n in tensors[0].shape) if tensors else (),
+        tuple(_decoded(tensor.name) for tensor in tensors),
+        _sizes(tensors[0]) if tensors else (),
         _name_of(schema.TensorType, tensors[0].type) if tensors else "",
         tuple(constants),
     )
@@ -133,7 +133,7 @@ def _operation(schema, model, graph, operator):
 def _constant(schema, model, tensor):
     data = np.asarray(model.buffers[tensor.buffer].data, np.uint8)
     kind = _name_of(schema.TensorType, tensor.type)
-    shape = () if tensor.shape is None else tuple(int(n) for n in tensor.shape)
+    shape = _sizes(tensor)
     codes = None
     if kind == "INT4":
         # Two codes a byte, the first in the low half.
@@ -141,7 +141,16 @@ def _constant(schema, model, tensor):
         codes = ((halves ^ 8).astype(np.int8) - 8).reshape(shape)
     elif kind in _BITS and kind != "FLOAT32":
         codes = data.view(np.dtype(kind.lower())).reshape(shape)
-    return Constant(tensor.name.decode(), shape, kind, data.nbytes, codes)
+    return Constant(_decoded(tensor.name), shape, kind, data.nbytes, codes)
+
+
+def _sizes(tensor):
+    # Scalars have none, and neither has what other converters left open.
+    return () if tensor.shape is None else tuple(int(n) for n in tensor.shape)
+
+
+def _decoded(name):
+    return (name or b"").decode()
 
 
 def _name_of(kinds, number):
@@ -153,9 +162,13 @@ def _of_tflite(path):
     content = files.read_tflite(path)
     try:
         found = operations(content)
-        kernels = runtime.kernel_sets(content)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    kernels, note = {}, ""
+    try:
+        kernels = runtime.kernel_sets(content)
+    except ValueError as error:  # sizes left open, operations of others: good elsewhere
+        note = f"\nIt cannot be run here: {first_line(error)}"
     rows, seen, total = [], set(), 0
     for op in found:
         fresh = [c for c in op.constants if c.name not in seen]
@@ -176,7 +189,7 @@ def _of_tflite(path):
         )
     columns = ("tensor", "op", "output", "kernel", "codes", "bytes", "kernels")
     title = f"{path}: {len(content):,} bytes, {len(found)} operations, {total:,} bytes of constants"
-    return table(title, columns, rows)
+    return table(title, columns, rows) + note
 
 
 def _range(constant):

@@ -105,14 +105,20 @@ def check_classes(what, outputs: int, dataset, by_name: bool = False) -> None:
 
     Args:
         what: for the error.
-        outputs: of `what`.
+        outputs: of `what`, `output_classes` or `file_classes`.
         dataset: with the labels.
         by_name: whether those are the places of names among each other, as in a folder of images.
 
     Raises:
-        ValueError: fewer outputs than classes; by name also more, as names behind one that is
-            missing have moved up.
+        ValueError: one output only; fewer outputs than classes; by name also more, as names behind
+            one that is missing have moved up.
     """
+    if outputs < 2:
+        raise ValueError(
+            f"{what} has {outputs} output and {dataset.name} {dataset.num_classes} classes; "
+            "accuracy is counted by the largest of two outputs or more. Give images of two classes "
+            "or more, and a model with an output for each"
+        )
     if outputs < dataset.num_classes:
         raise ValueError(
             f"{what} tells {outputs} classes apart; {dataset.name} has {dataset.num_classes}"
@@ -125,9 +131,35 @@ def check_classes(what, outputs: int, dataset, by_name: bool = False) -> None:
         )
 
 
-def file_classes(session: runtime.Session) -> int:
-    """Values of a `.tflite`'s first output, along its last axis."""
-    return next(iter(session.output_shapes.values()))[-1]
+def output_classes(model: keras.Model, what) -> int:
+    """Classes that a model's output tells apart.
+
+    Args:
+        model: any Keras model.
+        what: for the error.
+
+    Raises:
+        ValueError: several outputs, or none of one vector an image.
+    """
+    return _classes(what, [tuple(tensor.shape) for tensor in model.outputs])
+
+
+def file_classes(session: runtime.Session, what) -> int:
+    """Likewise of a `.tflite`."""
+    return _classes(what, list(session.output_shapes.values()))
+
+
+def _classes(what, shapes):
+    if len(shapes) != 1 or len(shapes[0]) != 2:
+        raise _no_vector(what, shapes)
+    return shapes[0][1]
+
+
+def _no_vector(what, given):
+    return ValueError(
+        f"{what} gives {' and '.join(map(str, given))}; accuracy is of one output (batch, "
+        "classes). Give a model that ends in one vector for each image"
+    )
 
 
 def _input_shape(session):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import tflite_export
 from keras_lowbit.callbacks import BitDescent
+from keras_lowbit.cli import measure
+from keras_lowbit.cli.fitting import check_logits
 from keras_lowbit.cli.pixels import range_of
 from keras_lowbit.cli.recipe import Recipe
 from keras_lowbit.transform import fold_batchnorm, quantize_model
+from keras_lowbit.tuning.plan import plan
 
 
 @contextlib.contextmanager
@@ -31,9 +35,15 @@ def check(recipe: Recipe, dataset, model) -> None:
         model: the float model.
 
     Raises:
-        ValueError: a batch of more images than there are, a scheme that does not fit the model, a
-            `bit_descent` that finds nothing to lower, a model that no file can hold.
+        ValueError: nothing to train, a model that is no classifier of the images, a batch of more
+            images than there are, a scheme that does not fit the model, blocks that reconstruction
+            cannot find or tune, logits that are none, a `bit_descent` that finds nothing to lower,
+            a model that no file can hold.
     """
+    _check_start(recipe)
+    name = recipe.model.architecture
+    with of_section(recipe, "model"):
+        measure.check_classes(name, measure.output_classes(model, name), dataset)
     for section in ("pretrain", "train"):
         part, images = getattr(recipe, section), len(dataset.x_train)
         if part.epochs and part.batch_size > images:
@@ -41,10 +51,29 @@ def check(recipe: Recipe, dataset, model) -> None:
                 f"{recipe.name} [{section}]: batch_size must be at most {images}, the number of "
                 f"training images. Got {part.batch_size}"
             )
-    if recipe.scheme is None:
-        return
+    if recipe.train.epochs and recipe.train.distill:
+        with of_section(recipe, "train"):
+            check_logits(model)
+    if recipe.scheme is not None:
+        _check_student(recipe, dataset, fold_batchnorm(model) if recipe.model.fold else model)
+
+
+def _check_start(recipe):
+    """Refuse to quantize and measure random weights."""
+    given = recipe.model
+    trained = recipe.pretrain.epochs or recipe.train.epochs
+    if not (trained or given.weights or Path(given.architecture).suffix):
+        raise ValueError(
+            f"{recipe.name}: nothing is trained, and {given.architecture} begins with random "
+            "weights. Give --weights, a .keras file in [model], or epochs in [pretrain] or [train]"
+        )
+
+
+def _check_student(recipe, dataset, model):
+    """What becomes of the float model, batch norms folded where the recipe says so."""
     with of_section(recipe, "quantize"):
-        made = _quantized(recipe, dataset, model)
+        trained, made = _quantized(recipe, dataset, model)
+    _check_tuning(recipe, trained, model)
     if recipe.train.epochs and recipe.train.bit_descent and not recipe.methods.cycles:
         with of_section(recipe, "train"):
             descent = BitDescent(recipe.train.descent)
@@ -61,12 +90,32 @@ def check(recipe: Recipe, dataset, model) -> None:
         )
 
 
+def _check_tuning(recipe, made, model):
+    given = recipe.reconstruct
+    if given.steps:
+        with of_section(recipe, "reconstruct"):
+            rates, block_rates = given.all_rates
+            plan(
+                made,
+                model,
+                steps=given.steps,
+                block_steps=given.block_steps,
+                logit_weight=given.logit_weight,
+                logit_blocks=given.logit_blocks,
+                rates=rates,
+                block_rates=block_rates,
+            )
+    if recipe.refine.steps:
+        with of_section(recipe, "refine"):
+            plan(made, model, steps=recipe.refine.steps, blocks=[])
+
+
 def _quantized(recipe, dataset, model):
-    """The quantized model as it is when it is exported."""
-    if recipe.model.fold:
-        model = fold_batchnorm(model)
-    scheme = recipe.scheme
-    if scheme.kernel == "levels":  # reals until they are snapped, behind training
-        quantize_model(model, scheme)
-        scheme = dataclasses.replace(scheme, kernel="lsq", kernel_options={})
-    return quantize_model(model, scheme, input_range=range_of(dataset))
+    """The quantized model as it is trained, and as it is exported."""
+    scheme, images = recipe.scheme, range_of(dataset)
+    made = quantize_model(model, scheme, input_range=images)
+    if scheme.kernel != "levels":
+        return made, made
+    # Reals until they are snapped, behind training.
+    snapped = dataclasses.replace(scheme, kernel="lsq", kernel_options={})
+    return made, quantize_model(model, snapped, input_range=images)

@@ -15,11 +15,10 @@ from keras_lowbit.tuning.block_model import Rates
 from keras_lowbit.tuning.reconstruct import ROUNDINGS
 from tflite_export.targets import TARGETS
 
-_XLA = ("auto", "on", "off")
+XLA = ("auto", "on", "off")
 _FIT = {
     "epochs": 0,
     "batch_size": 1,
-    "momentum": 0.0,
     "weight_decay": 0.0,
     "clipnorm": 0.0,
     "warmup": 0.0,
@@ -29,6 +28,7 @@ _FIT = {
     "reestimate_batches": 0,
     "seed": 0,
 }
+_SEEDS = 2**32  # of NumPy and Keras
 _AT_LEAST = {
     "data": {"holdout": 0, "seed": 0, "size": 0},
     "pretrain": _FIT,
@@ -51,8 +51,8 @@ _ONE_OF = {
     ("model", "rescale"): ("", *RESCALINGS),
     ("quantize", "method"): METHODS,
     ("reconstruct", "rounding"): ROUNDINGS,
-    ("pretrain", "xla"): _XLA,
-    ("train", "xla"): _XLA,
+    ("pretrain", "xla"): XLA,
+    ("train", "xla"): XLA,
     ("export", "target"): tuple(TARGETS),
     ("export", "input_type"): ("", *TYPES),
     ("export", "output_type"): TYPES,
@@ -105,6 +105,12 @@ def _check_ranges(recipe, path):
             value = getattr(getattr(recipe, section), key)
             if not value >= low or math.isinf(value):
                 raise ValueError(f"{path} [{section}]: {key} must be at least {low}. Got {value}")
+    for section in ("data", "pretrain", "train"):
+        seed = getattr(recipe, section).seed
+        if seed >= _SEEDS:
+            raise ValueError(
+                f"{path} [{section}]: seed must be at most {_SEEDS - 1}, 2**32 - 1. Got {seed}"
+            )
     for (section, key), allowed in _ONE_OF.items():
         value = getattr(getattr(recipe, section), key)
         if value not in allowed:
@@ -168,8 +174,10 @@ def _check_fit(train, where):
         value = getattr(train, key)
         if not 0 < value < math.inf:
             raise ValueError(f"{where}: {key} must be positive. Got {value}")
-    if not 0 <= train.distill <= 1:
-        raise ValueError(f"{where}: distill must lie in 0..1. Got {train.distill}")
+    for key in ("momentum", "distill"):
+        value = getattr(train, key)
+        if not 0 <= value <= 1:
+            raise ValueError(f"{where}: {key} must lie in 0..1. Got {value}")
     if train.epochs and train.warmup >= train.epochs:
         raise ValueError(
             f"{where}: warmup must be shorter than the {train.epochs} epochs. Got {train.warmup}"

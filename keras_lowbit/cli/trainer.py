@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import importlib.metadata
-import platform
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import keras
 import numpy as np
 
 import tflite_export
-from keras_lowbit import __version__
 from keras_lowbit import data as datasets
 from keras_lowbit.cli import files, measure, preflight
 from keras_lowbit.cli.fitting import fit, read_history
-from keras_lowbit.cli.pixels import Intake, range_of
+from keras_lowbit.cli.ledger import Stages
+from keras_lowbit.cli.making import float_model, folded, quantized
+from keras_lowbit.cli.pixels import Intake
 from keras_lowbit.cli.preflight import of_section
 from keras_lowbit.cli.recipe import Recipe, changed
-from keras_lowbit.progress import table
-from keras_lowbit.transform import (
-    calibrate,
-    fold_batchnorm,
-    quantize_model,
-    rescale_pairs,
-    snap_biases,
-    snap_levels,
-)
+from keras_lowbit.cli.report import report, versions
+from keras_lowbit.transform import snap_biases, snap_levels
 from keras_lowbit.tuning import reconstruct, refine
 from tflite_export import runtime
 
@@ -111,44 +103,6 @@ def run_recipe(
     )
 
 
-class Stages:
-    """What is finished in a folder, in `stages.json`; a folder belongs to one job."""
-
-    def __init__(self, out: Path, job: dict):
-        self.path = out / "stages.json"
-        self.found = files.read_json(self.path) or {"job": job, "done": {}}
-        parts = [self.found.get(key) for key in ("job", "done")]
-        if not all(isinstance(part, dict) for part in parts):
-            raise ValueError(f"{self.path} is damaged (no job and what is done). Remove it")
-        if self.found["job"] != job:
-            raise ValueError(
-                f"{out} holds results of another recipe or backend "
-                f"({_difference(self.found['job'], job)}). Give another --out, or remove it"
-            )
-
-    def once(self, name: str, work: Callable[[], dict], *made: Path) -> dict:
-        """What `work` returned, now or in an earlier run whose files `made` are still there."""
-        done = self.found["done"]
-        if name not in done or not all(path.is_file() for path in made):
-            done[name] = work()
-            files.write_json(self.found, self.path)
-        return done[name]
-
-    def forget(self, *names: str) -> None:
-        """Drop results."""
-        for name in names:
-            self.found["done"].pop(name, None)
-        files.write_json(self.found, self.path)
-
-    def forget_from(self, name: str) -> None:
-        """Drop the results of a model, `"float"` or `"model"`, and of all that was made of it."""
-        done = self.found["done"]
-        kept = {key: done[key] for key in ("float",) if key != name and key in done}
-        if kept != done:
-            self.found["done"] = kept
-            files.write_json(self.found, self.path)
-
-
 @dataclasses.dataclass
 class _Run:
     recipe: Recipe
@@ -169,7 +123,7 @@ class _Run:
             if self.recipe.model.fold:
                 model = folded(model, self.recipe, self.chosen)
             made = self.out / "model.keras"
-            student = None if made.is_file() else quantized(model, self.recipe, self.chosen)
+            student = None if made.is_file() else self._student(model)
             student = self._trained("model", student, self.recipe.train, model)
             trained["quantized"] = student
             results = {w: self._exported(student, w) for w in self.recipe.export.weights}
@@ -198,7 +152,7 @@ class _Run:
         if name == "float":
             self._drop_snapshots("model")  # of a student of another float model
         if model is None:
-            model = quantized(original, self.recipe, self.chosen)
+            model = self._student(original)
         backup = self.out / f"backup_{name}"
 
         def work():
@@ -226,6 +180,12 @@ class _Run:
         self.stages.once(name, work, path)
         self._drop_snapshots(name)
         return model
+
+    def _student(self, original):
+        """The quantized model, with the random state that it has where nothing was killed."""
+        # Dropout draws its seeds now, and a float model from its file has drawn others before.
+        keras.utils.set_random_seed(self.recipe.train.seed)
+        return quantized(original, self.recipe, self.chosen)
 
     def _drop_snapshots(self, name):
         # Blocks are the quantized model's: a float one that is finished leaves them.
@@ -271,9 +231,12 @@ class _Run:
     def _history(self, name):
         return self.out / ("history.csv" if name == "model" else "history_float.csv")
 
+    def _file(self, weights):
+        return self.out / f"model_{weights}.tflite"
+
     def _exported(self, model, weights):
         """The verified file; `None` where it is finished."""
-        path = self.out / f"model_{weights}.tflite"
+        path = self._file(weights)
         export = self.recipe.export
         result = None
         made = self.stages.found["done"].get(f"file_{weights}")
@@ -312,50 +275,53 @@ class _Run:
 
     def _metrics(self, models, results, judged):
         """Accuracies on the images that judge, through models and files."""
-        x, y = judged.x_test, judged.y_test
-        found, answers = {}, {}
-        for name, model in models.items():
-
-            def of_model(name=name, model=model):
-                answers[name] = measure.keras_answers(model, x, what=f"measure the {name} model")
-                return measure.score(answers[name], y)
-
-            found[name] = self.stages.once(f"accuracy_{name}", of_model)
-        outputs = {}
+        answers = _Answers(models, judged.x_test)
+        found = self._of_models(answers, judged.y_test)
         if results:
-            found["frozen"] = self.stages.once(
-                "accuracy_frozen", lambda: self._frozen(models["quantized"], results, x, y)
-            )
-        for weights in results:
-            path = self.out / f"model_{weights}.tflite"
-
-            def of_file(weights=weights, path=path):
-                content = path.read_bytes()
-                session, intake = runtime.Session(content), Intake.of_file(content)
-                said = measure.file_answers(session, x, f"run {path.name}", intake=intake)
-                if "quantized" not in answers:
-                    answers["quantized"] = measure.keras_answers(models["quantized"], x)
-                if "float" not in answers:
-                    answers["float"] = measure.keras_answers(models["float"], x)
-                return {
-                    **measure.score(said, y),
-                    "agreement": float((said == answers["quantized"]).mean()),
-                    "float_agreement": float((said == answers["float"]).mean()),
-                }
-
-            found[weights] = self.stages.once(f"accuracy_{weights}", of_file)
-            outputs[path.name] = self.stages.found["done"][f"file_{weights}"]
-        done = self.stages.found["done"]
+            found |= self._of_files(answers, results, judged.y_test)
+        job, done = self.stages.found["job"], self.stages.found["done"]
         return {
-            **self.stages.found["job"],
+            **job,
             "data": str(judged),
-            "judged_on": "held-out images" if self.stages.found["job"]["tune"] else "test images",
+            "judged_on": "held-out images" if job["tune"] else "test images",
             "versions": versions(),
             "train_seconds": done["model"]["seconds"],
             "accuracy": found,
-            "files": outputs,
+            "files": {self._file(w).name: done[f"file_{w}"] for w in results},
             "history": read_history(self._history("model")),
         }
+
+    def _of_models(self, answers, y):
+        """Scores of the Keras models, by name."""
+
+        def scored(name):
+            return measure.score(answers.of(name, what=f"measure the {name} model"), y)
+
+        return {
+            name: self.stages.once(f"accuracy_{name}", functools.partial(scored, name))
+            for name in answers.models
+        }
+
+    def _of_files(self, answers, results, y):
+        """Scores of the frozen model and of the files, by container of their weights."""
+
+        def scored(path):
+            content = path.read_bytes()
+            session, intake = runtime.Session(content), Intake.of_file(content)
+            said = measure.file_answers(session, answers.x, f"run {path.name}", intake=intake)
+            return {
+                **measure.score(said, y),
+                "agreement": float((said == answers.of("quantized")).mean()),
+                "float_agreement": float((said == answers.of("float")).mean()),
+            }
+
+        student = answers.models["quantized"]
+        frozen = functools.partial(self._frozen, student, results, answers.x, y)
+        found = {"frozen": self.stages.once("accuracy_frozen", frozen)}
+        for weights in results:
+            of_file = functools.partial(scored, self._file(weights))
+            found[weights] = self.stages.once(f"accuracy_{weights}", of_file)
+        return found
 
     def _frozen(self, model, results, x, y):
         first, result = next(iter(results.items()))
@@ -365,93 +331,19 @@ class _Run:
         return measure.score(answers, y)
 
 
+class _Answers:
+    """What models say of the images `x`: each is asked once, when somebody wants to know."""
+
+    def __init__(self, models, x):
+        self.models, self.x = models, x
+        self._known = {}
+
+    def of(self, name, what=""):
+        """The classes that a model finds; `what` is shown meanwhile."""
+        if name not in self._known:
+            self._known[name] = measure.keras_answers(self.models[name], self.x, what=what)
+        return self._known[name]
+
+
 def _sha256(content):
     return hashlib.sha256(content).hexdigest()
-
-
-def float_model(recipe, dataset):
-    """The float model of a recipe, fit for the images.
-
-    Raises:
-        ValueError: an unknown architecture, weights that do not fit, images of another size.
-    """
-    name, weights = recipe.model.architecture, recipe.model.weights
-    options = {"input_shape": dataset.image_shape, "classes": dataset.num_classes}
-    model = files.build_float(name, weights, **options)
-    shape = files.image_shape(model)
-    if any(w not in (None, got) for w, got in zip(shape, dataset.image_shape, strict=True)):
-        raise ValueError(f"{name} takes images {shape}; {dataset.name} has {dataset.image_shape}")
-    measure.check_classes(name, model.output_shape[-1], dataset)
-    return model
-
-
-def folded(model, recipe, dataset):
-    """The float model with its batch norms in the kernels, channels rescaled if the recipe says."""
-    model = fold_batchnorm(model)
-    if not recipe.model.rescale:
-        return model
-    images = calibration_images(recipe, dataset)
-    return rescale_pairs(model, images, method=recipe.model.rescale, batch_size=10)
-
-
-def calibration_images(recipe, dataset):
-    """The first training images, as many as the recipe says."""
-    return np.asarray(dataset.x_train[: recipe.quantize.calibration_images])
-
-
-def quantized(model, recipe, dataset):
-    """The quantized, calibrated model of a recipe."""
-    images = calibration_images(recipe, dataset)
-    made = quantize_model(model, recipe.scheme, input_range=range_of(dataset))
-    return calibrate(made, images, method=recipe.quantize.method)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    found = {"python": platform.python_version(), "keras_lowbit": __version__}
-    for name in ("keras", "numpy", "ai-edge-litert", "jax", "torch", "tensorflow"):
-        for distribution in (name, f"{name}-cpu"):
-            try:
-                found[name] = importlib.metadata.version(distribution)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-            break
-    return found
-
-
-def report(metrics: dict, out: Path) -> str:
-    """A table of what was measured."""
-    rows = []
-    for name, scored in metrics["accuracy"].items():
-        file = metrics["files"].get(f"model_{name}.tflite", {})
-        wrong = file.get("wrong_codes")
-        checked = "" if wrong is None else f"{wrong} of {file['compared_codes']:,}"
-        size, same = file.get("bytes"), scored.get("agreement")
-        rows.append(
-            (
-                str(out / f"model_{name}.tflite") if file else name,
-                measure.shown(scored),
-                "" if size is None else f"{size:,}",
-                "" if same is None else f"{same:.2%}",
-                checked,
-            )
-        )
-    columns = ("model", "accuracy (95 %)", "bytes", "same as quantized", "wrong codes")
-    count = next(iter(metrics["accuracy"].values()))["images"]
-    return table(f"{metrics['data']}: {count:,} {metrics['judged_on']}", columns, rows)
-
-
-def wrong_codes(metrics: dict) -> int:
-    """Wrong codes over all files."""
-    return sum(file["wrong_codes"] or 0 for file in metrics["files"].values())
-
-
-def _difference(old, new, prefix=""):
-    """The first setting that differs, as `train.epochs: 3, now 4`."""
-    for key in {**old, **new}:
-        a, b = old.get(key), new.get(key)
-        if a != b and isinstance(a, dict) and isinstance(b, dict):
-            return _difference(a, b, f"{prefix}{key}.")
-        if a != b:
-            return f"{prefix}{key}: {a!r}, now {b!r}"
-    return ""

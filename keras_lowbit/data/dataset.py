@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-IMAGE_DTYPES = ("uint8", "float32")
 # A larger class index is an identifier that nobody numbered, and would name as many classes.
 _MOST_CLASSES = 1_000_000
 

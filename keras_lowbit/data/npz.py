@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import struct
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from keras_lowbit.data.dataset import Dataset
+from keras_lowbit.whole_files import DAMAGE, first_line
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 _WANTED = "Expected what np.savez(path, x_train=..., y_train=..., x_test=..., y_test=...) writes"
 
-# What NumPy lets through when a file is cut off, overwritten or of another kind.
-DAMAGE = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    NotImplementedError,
-    MemoryError,
-    RuntimeError,
-    SyntaxError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+# NumPy's reader of anything at all lets more through.
+_DAMAGE = (*DAMAGE, MemoryError, RuntimeError, SyntaxError)
 
 
 def read_npz(path: str | Path) -> Dataset:
@@ -54,8 +40,9 @@ def read_npz(path: str | Path) -> Dataset:
             single = isinstance(file, np.ndarray)
             found = [] if single else list(file.files)
             arrays = {key: file[key] for key in (*KEYS, "classes") if key in found}
-    except DAMAGE as error:
-        raise ValueError(f"{path} cannot be read as .npz ({_reason(error)}). {_WANTED}") from error
+    except _DAMAGE as error:
+        why = first_line(error)
+        raise ValueError(f"{path} cannot be read as .npz ({why}). {_WANTED}") from error
     if single:
         raise ValueError(f"{path} holds a single array. {_WANTED}")
     missing = [key for key in KEYS if key not in arrays]
@@ -63,8 +50,3 @@ def read_npz(path: str | Path) -> Dataset:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it has {found}. {_WANTED}")
     classes = tuple(str(c) for c in arrays.pop("classes", np.array([])).ravel())
     return Dataset(**arrays, classes=classes, name=path.name)
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).splitlines()[0] if str(error) else ""
-    return text or type(error).__name__

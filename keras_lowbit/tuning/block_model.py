@@ -13,7 +13,7 @@ from keras_lowbit.kinds import own_bias
 from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.transform.calibrate import activation_quantizers
 from keras_lowbit.tuning import programs
-from keras_lowbit.tuning.optimizer import RatedAdam
+from keras_lowbit.tuning.optimizer import RatedByIdentity
 from keras_lowbit.tuning.variables import (
     ActivationScale,
     KernelInCodes,
@@ -146,7 +146,7 @@ class BlockModel(keras.Model):
 
     def prepare(self, steps, jit_compile):
         """Compile for a number of steps."""
-        optimizer = RatedAdam(self.rate_of, learning_rate=self.rates.schedule(steps))
+        optimizer = RatedByIdentity(self.rate_of, learning_rate=self.rates.schedule(steps))
         self.compile(optimizer=optimizer, jit_compile=jit_compile)
 
     def call(self, inputs):

@@ -9,10 +9,10 @@ import keras
 from keras_lowbit.optimizers import Rated
 
 
-class RatedAdam(Rated, keras.optimizers.Adam):
+class RatedByIdentity(Rated, keras.optimizers.Adam):
     """`keras.optimizers.Adam` whose step is multiplied by a rate of each variable's own.
 
-    By `id`, not by path as `optimizers.RatedAdam`: variables made for a block share names.
+    By `id`, not by path as in `optimizers.RatedAdam`: variables made for a block share names.
 
     Args:
         rates: `id` of a Keras variable to its rate; others get 1.

@@ -8,26 +8,25 @@ brings the means of the output's channels in order before and behind it (`tuning
 
 from __future__ import annotations
 
-import fnmatch
+import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit import walk
 from keras_lowbit.checks import checked_choice, checked_count
 from keras_lowbit.progress import table, track
 from keras_lowbit.transform.batches import checked_batches
-from keras_lowbit.transform.calibrate import uncalibrated
 from keras_lowbit.transform.snap_biases import snap_biases
-from keras_lowbit.tuning import means, programs, streams
+from keras_lowbit.tuning import means, streams
 from keras_lowbit.tuning import rounding as data_rounding
 from keras_lowbit.tuning.block_model import BlockModel, Rates
-from keras_lowbit.tuning.blocks import find as find_blocks
 from keras_lowbit.tuning.folder import Folder
-from keras_lowbit.tuning.losses import Losses, ends_in_logits
+from keras_lowbit.tuning.losses import Losses
+from keras_lowbit.tuning.plan import plan_calibrated
 
 ROUNDINGS = ("nearest", "data")
 # Streams alive at once: the block's two inputs and its target or its outputs.
@@ -72,25 +71,25 @@ class Reconstruction:
 
 
 def reconstruct(
-    model,
-    float_model,
+    model: keras.Model,
+    float_model: keras.Model,
     images,
     *,
-    steps=200,
-    block_steps=None,
-    batch_size=20,
-    drop=0.5,
-    rounding="nearest",
-    logit_weight=0.0,
-    logit_blocks=1,
-    match_means=False,
-    blocks=None,
-    rates=None,
-    block_rates=None,
-    folder=None,
-    memory=2**30,
-    seed=0,
-    jit_compile=None,
+    steps: int = 200,
+    block_steps: Mapping[str, int] | None = None,
+    batch_size: int = 20,
+    drop: float = 0.5,
+    rounding: str = "nearest",
+    logit_weight: float = 0.0,
+    logit_blocks: int = 1,
+    match_means: bool = False,
+    blocks: Sequence[str] | None = None,
+    rates: Rates | None = None,
+    block_rates: Mapping[str, Rates] | None = None,
+    folder: str | os.PathLike | None = None,
+    memory: int = 2**30,
+    seed: int = 0,
+    jit_compile: bool | None = None,
 ) -> Reconstruction:
     """Tune a calibrated model to its float model, block by block, without labels, in place.
 
@@ -158,106 +157,61 @@ def reconstruct(
         Based on Prediction Difference Metric, CVPR 2023, arXiv:2212.07048, which chooses scales of
         activations by it; here everything in the block is trained with it.
     """
-    steps = checked_count(steps, who="reconstruct: steps", least=1)
-    block_steps = {
-        str(pattern): checked_count(n, who=f"reconstruct: block_steps[{pattern!r}]", least=1)
-        for pattern, n in dict(block_steps or {}).items()
-    }
     batch_size = checked_count(batch_size, who="reconstruct: batch_size", least=1)
-    _check(drop, memory, logit_weight)
+    _check(drop, memory)
     checked_choice(rounding, ROUNDINGS, who="reconstruct: rounding")
-    quantized, floating = checked_pair(model, float_model)
-    found = find_blocks(quantized, floating, blocks)
-    logit_blocks = checked_count(logit_blocks, who="reconstruct: logit_blocks", least=1)
-    if logit_blocks > len(found):
-        raise ValueError(
-            f"reconstruct: logit_blocks must be at most {len(found)}, the blocks of "
-            f"{float_model.name}. Got {logit_blocks}"
-        )
-    if logit_blocks > 1:  # once more, with the last cuts left out
-        found = find_blocks(quantized, floating, [block.name for block in found[:-logit_blocks]])
-    names = [block.name for block in found]
-    counts = _by_pattern(names, steps, block_steps, "block_steps")
-    rates = _by_pattern(names, Rates() if rates is None else rates, block_rates, "block_rates")
-    odd = [one for one in rates if not isinstance(one, Rates)]
-    if odd:
-        raise ValueError(f"reconstruct: rates and block_rates are of tuning.Rates. Got {odd[0]!r}")
-    if logit_weight and not ends_in_logits(floating):
-        raise ValueError(
-            f"reconstruct: logit_weight needs a model with one output (batch, classes). "
-            f"{float_model.name} has {[ref.shape for ref in walk.refs(floating.outputs)]}"
-        )
-    batches = checked_batches(quantized, images, batch_size)
+    plan = plan_calibrated(
+        model,
+        float_model,
+        steps=steps,
+        block_steps=block_steps,
+        logit_weight=logit_weight,
+        logit_blocks=logit_blocks,
+        blocks=blocks,
+        rates=rates,
+        block_rates=block_rates,
+    )
+    batches = checked_batches(plan.quantized, images, batch_size)
     inputs = [streams.Given(np.concatenate(column)) for column in zip(*batches, strict=True)]
     if jit_compile is None:
         jit_compile = keras.backend.backend() == "jax"
     settings = {
-        "steps": counts,
+        "steps": plan.steps,
         "batch_size": batch_size,
         "drop": drop,
         "rounding": rounding,
         "logit_weight": logit_weight,
         "match_means": bool(match_means),
         "seed": seed,
-        "rates": [vars(one) for one in rates],
-        "blocks": names,
+        "rates": [vars(one) for one in plan.rates],
+        "blocks": plan.names,
     }
     kept = Folder.open(folder, settings, float_model, model, [i.array for i in inputs])
     budget = memory / _STREAMS
-    losses = Losses(found, floating, logit_weight)
+    losses = Losses(plan.blocks, plan.floating, logit_weight)
     runner = _Runner(
-        steps=counts,
+        steps=plan.steps,
         batch_size=batch_size,
         drop=drop,
         rounding=rounding,
         matches=match_means,
         losses=losses,
-        rates=rates,
+        rates=plan.rates,
         budget=budget,
         seed=seed,
         jit_compile=jit_compile,
         kept=kept,
     )
-    result = runner.run(found, inputs)
+    result = runner.run(plan.blocks, inputs)
     snap_biases(model)
     return result
 
 
-def checked_pair(model, float_model) -> tuple[walk.Program, walk.Program]:
-    """The programs of a calibrated model and of its float model, up to their logits.
-
-    Raises:
-        ValueError: they do not correspond, or the model saw no data.
-    """
-    quantized, floating = programs.pair(model, float_model)
-    missing = uncalibrated(model)
-    if missing:
-        raise ValueError(f"Calibrate the model first: {missing[:3]} have seen no data")
-    return programs.logits(quantized), programs.logits(floating)
-
-
-def _check(drop, memory, logit_weight):
+def _check(drop, memory):
     if not 0 <= drop <= 1:
         raise ValueError(f"reconstruct: drop must lie in 0..1. Got {drop!r}")
     if not memory > 0:
         raise ValueError(f"reconstruct: memory must be positive, in bytes. Got {memory!r}")
-    if not 0 <= logit_weight < float("inf"):
-        raise ValueError(
-            f"reconstruct: logit_weight must be finite, 0 or more. Got {logit_weight!r}"
-        )
-
-
-def _by_pattern(names, default, by_pattern, who):
-    """A value for each name: that of the last pattern that matches it, or the default."""
-    chosen = dict.fromkeys(names, default)
-    for pattern, value in dict(by_pattern or {}).items():
-        matching = fnmatch.filter(names, pattern)
-        if not matching:
-            raise ValueError(
-                f"reconstruct: {who} has {pattern!r}, which matches no block. Blocks: {list(names)}"
-            )
-        chosen.update(dict.fromkeys(matching, value))
-    return list(chosen.values())
 
 
 @dataclass(frozen=True, kw_only=True)

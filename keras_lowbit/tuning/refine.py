@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import keras
+
 from keras_lowbit import walk
 from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.tuning.block_model import Rates
-from keras_lowbit.tuning.reconstruct import Reconstruction, checked_pair, reconstruct
+from keras_lowbit.tuning.plan import plan_calibrated
+from keras_lowbit.tuning.reconstruct import Reconstruction, reconstruct
 
 # A third of what a block takes, and less for codes of 8 bits.
 RATES = Rates(codes_4bit=2e-3, codes_8bit=1e-2, biases=3e-4, log_scales=1e-3)
 
 
 def refine(
-    model, float_model, images, *, steps=300, batch_size=10, rates=None, seed=0, jit_compile=None
+    model: keras.Model,
+    float_model: keras.Model,
+    images,
+    *,
+    steps: int = 300,
+    batch_size: int = 10,
+    rates: Rates | None = None,
+    seed: int = 0,
+    jit_compile: bool | None = None,
 ) -> Reconstruction:
     """Tune all of a reconstructed model to its float model's logits, without labels, in place.
 
@@ -45,8 +56,8 @@ def refine(
         Oscillations in Quantization-Aware Training, ICML 2022, arXiv:2203.11086, describe kernels
         that end at borders.
     """
-    quantized, _ = checked_pair(model, float_model)
-    _center(quantized)
+    rates = RATES if rates is None else rates
+    _center(plan_calibrated(model, float_model, steps=steps, blocks=[], rates=rates).quantized)
     return reconstruct(
         model,
         float_model,
@@ -55,7 +66,7 @@ def refine(
         batch_size=batch_size,
         drop=0.0,
         blocks=[],
-        rates=RATES if rates is None else rates,
+        rates=rates,
         seed=seed,
         jit_compile=jit_compile,
     )

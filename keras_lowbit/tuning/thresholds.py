@@ -61,18 +61,18 @@ LOSSES = {"rmse": rmse, "smooth_l1": smooth_l1}
 
 
 def tune_thresholds(
-    model,
-    float_model,
+    model: keras.Model,
+    float_model: keras.Model,
     images,
     *,
-    loss="rmse",
-    epochs=6,
-    learning_rate=1e-3,
-    pointwise_epochs=0,
-    batch_size=32,
-    period=400,
-    seed=0,
-    jit_compile=None,
+    loss: str = "rmse",
+    epochs: int = 6,
+    learning_rate: float = 1e-3,
+    pointwise_epochs: int = 0,
+    batch_size: int = 32,
+    period: int = 400,
+    seed: int = 0,
+    jit_compile: bool | None = None,
 ) -> Tuning:
     """Train the thresholds of a model to its float model's logits, without labels, in place.
 

@@ -43,12 +43,7 @@ class KernelInCodes:
     """
 
     def __init__(self, layer_name, latent, quantizer, add):
-        check_scale(layer_name, quantizer)
-        if quantizer.bits == 1:
-            raise ValueError(
-                f"{layer_name}: kernels of 1 bit have no scale of their own to tune; "
-                "reconstruction needs 2 bits or more"
-            )
+        check_kernel(layer_name, quantizer)
         self.latent, self.quantizer = latent, quantizer
         self.bounds = quantizer.static_bounds()  # a compiled step could not read the variable
         scale = ops.convert_to_numpy(quantizer.scale)
@@ -123,6 +118,16 @@ def check_scale(layer_name, quantizer):
         raise ValueError(
             f"{layer_name}: {type(quantizer).__name__} keeps no scale variable that "
             "reconstruction could tune. Quantize with 'lsq' (or 'mse', 'percentile')"
+        )
+
+
+def check_kernel(layer_name, quantizer):
+    """Raise `ValueError` for a kernel's quantizer without a scale variable, or of 1 bit."""
+    check_scale(layer_name, quantizer)
+    if quantizer.bits == 1:
+        raise ValueError(
+            f"{layer_name}: kernels of 1 bit have no scale of their own to tune; "
+            "reconstruction needs 2 bits or more"
         )
 
 

@@ -1,14 +1,19 @@
 """CPU seconds of depthwise products on JAX: XLA's, and `numerics.backend_jax`'s in their place.
 
-    KERAS_BACKEND=jax python tests/benchmarks/depthwise.py
+    PYTHONPATH=. python tests/benchmarks/depthwise.py [--runs 5]
 
-Prints a row for each shape, forward alone and with gradients; then a training step of the zoo's
-MobileNetV2 of 32 pixels at w4a4 (batch 32) and its calibration.
+On JAX, whatever `KERAS_BACKEND` says. Prints a row for each shape, forward alone and with
+gradients; then a training step of the zoo's MobileNetV2 of 32 pixels at w4a4 (batch 32) and its
+calibration.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import time
+
+os.environ["KERAS_BACKEND"] = "jax"  # before Keras: these products are of that backend
 
 import jax
 import keras
@@ -28,10 +33,9 @@ SHAPES = (
     (32, 16, 72, 5, 2),
     (8, 112, 32, 3, 1),
 )
-RUNS = 5
 
 
-def seconds(function, *arguments, runs=RUNS):
+def seconds(function, *arguments, runs):
     """Fewest CPU seconds of a call, the first left out."""
     jax.block_until_ready(function(*arguments))
     found = []
@@ -42,7 +46,7 @@ def seconds(function, *arguments, runs=RUNS):
     return min(found)
 
 
-def of_shape(n, side, channels, size, stride):
+def of_shape(n, side, channels, size, stride, runs):
     """Cells of a shape's row."""
     random = np.random.default_rng(0)
     x = random.normal(size=(n, side, side, channels)).astype(np.float32)
@@ -57,7 +61,7 @@ def of_shape(n, side, channels, size, stride):
 
     cells = [f"{n}x{side}x{side}x{channels}, {size}x{size}, stride {stride}"]
     for wrap in (lambda f: f, lambda f: jax.grad(lambda x, k: (f(x, k) ** 2).sum(), (0, 1))):
-        slow, fast = (seconds(jax.jit(wrap(f)), x, kernel) for f in (plain, shifted))
+        slow, fast = (seconds(jax.jit(wrap(f)), x, kernel, runs=runs) for f in (plain, shifted))
         cells += [f"{1e3 * slow:.1f}", f"{1e3 * fast:.1f}", f"{slow / fast:.1f}"]
     return cells
 
@@ -82,9 +86,12 @@ def of_net():
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=5, help="of which the fastest counts")
+    runs = parser.parse_args().runs
     columns = ("shape", "XLA's ms", "shifted ms", "ratio")
     columns += ("with gradients: XLA's ms", "shifted ms", "ratio")
-    print(table("Depthwise products", columns, [of_shape(*shape) for shape in SHAPES]))
+    print(table("Depthwise products", columns, [of_shape(*shape, runs) for shape in SHAPES]))
     rows = [(name, f"{a:.1f}", f"{b:.2f}") for name, (a, b) in of_net().items()]
     print(table("MobileNetV2, 32 pixels, w4a4", ("products", "calibrate s", "step s"), rows))
 

@@ -113,6 +113,18 @@ def test_snapshots_come_every_n_epochs_and_go_when_training_ends_well(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_full_disk_is_one_error_and_leaves_the_snapshot_before(tmp_path, small_disk, contents):
+    tiny.train(dense(), [Resume(tmp_path, keep=True)], epochs=1)
+    before = contents(tmp_path)
+    for room in (0, 100, 4000):  # the file of weights has more, that of random states fewer
+        with small_disk(room), pytest.raises(OSError, match="File too large; no snapshot") as found:
+            tiny.train(dense(), [Resume(tmp_path, keep=True)], epochs=3)
+        assert found.value.filename == str(tmp_path / "epoch_000002")
+        assert contents(tmp_path) == before
+        assert len(os.listdir(tmp_path)) == 1
+    assert tiny.train(dense(), [Resume(tmp_path)], epochs=3).epoch == [1, 2]
+
+
 @pytest.mark.parametrize("begun", [1, 2], ids=["cut short", "all done"])
 def test_the_next_fit_of_a_resumed_model_begins_at_its_own_epoch(begun, tmp_path):
     tiny.train(dense(), [Resume(tmp_path, keep=True)], epochs=begun)

@@ -112,28 +112,3 @@ def _toml(value):
     if isinstance(value, dict):
         return "{" + ", ".join(f'"{k}" = {_toml(v)}' for k, v in value.items()) + "}"
     return f'"{value}"' if isinstance(value, str) else str(value)
-
-
-@pytest.fixture
-def contents():
-    """`contents(folder)`: bytes of every file below, to see that nothing changed."""
-    return lambda folder: {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
-
-
-@pytest.fixture
-def small_disk():
-    """`with small_disk(n)`: no file may grow beyond `n` bytes, as on a disk that is full."""
-    import contextlib
-
-    resource = pytest.importorskip("resource")
-
-    @contextlib.contextmanager
-    def limited(size):
-        old = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-    return limited

@@ -10,7 +10,7 @@ import pytest
 
 import tflite_export
 from keras_lowbit import freeze, zoo
-from keras_lowbit.cli import files, recipe
+from keras_lowbit.cli import files, recipe_checks
 from keras_lowbit.integer import build
 from keras_lowbit.numerics import ranges
 from keras_lowbit_cli import commands
@@ -100,7 +100,7 @@ def test_everything_that_can_be_chosen_can_be_asked_for():
     assert tuple(targets.TARGETS) == commands.TARGETS
     assert commands.METHODS == ranges.METHODS
     assert (commands.WEIGHTS, commands.TYPES) == (build.WEIGHTS, build.TYPES)
-    assert commands.XLA == recipe.XLA
+    assert commands.XLA == recipe_checks.XLA
 
 
 def test_check_names_the_layer_that_has_no_integer_form(run, tmp_path):
@@ -145,6 +145,47 @@ def test_inspect_reads_int4_kernels(run, made, tmp_path):
     assert bits <= 4
 
 
+def rewritten(content, change):
+    """A file after `change(model, schema)` of its contents, as other converters may write it."""
+    flatbuffers = pytest.importorskip("flatbuffers")
+    schema = runtime.require("ai_edge_litert.schema_py_generated")
+    model = schema.ModelT.InitFromPackedBuf(content)
+    change(model, schema)
+    builder = flatbuffers.Builder(len(content))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def test_inspect_reads_files_without_shapes_and_names(run, made, tmp_path):
+    def bare(model, schema):
+        (graph,) = model.subgraphs
+        last = graph.tensors[graph.outputs[0]]
+        last.shape, last.name = None, None
+
+    path = tmp_path / "bare.tflite"
+    path.write_bytes(rewritten((made / "w4a4.tflite").read_bytes(), bare))
+    outcome = run("inspect", path)
+    assert outcome.code == 0, outcome.err
+    assert "FULLY_CONNECTED" in outcome.out
+
+
+def test_inspect_shows_files_that_nothing_here_can_run(run, made, tmp_path):
+    def foreign(model, schema):
+        code = model.operatorCodes[0]
+        code.builtinCode, code.customCode = schema.BuiltinOperator.CUSTOM, b"TheirOwn"
+        code.deprecatedBuiltinCode = schema.BuiltinOperator.CUSTOM
+
+    path = tmp_path / "foreign.tflite"
+    path.write_bytes(rewritten((made / "w4a4.tflite").read_bytes(), foreign))
+    outcome = run("inspect", path)
+    assert outcome.code == 0, outcome.err
+    assert "CUSTOM TheirOwn" in outcome.out
+    assert "XNNPACK" not in outcome.out
+    last = outcome.out.splitlines()[-1]
+    assert last.startswith("It cannot be run here: LiteRT refuses this file: ")
+    assert "TheirOwn" in last
+
+
 def test_inspect_shows_a_frozen_model(run, made, tmp_path):
     freeze(files.load_model(made / "w4a4.keras")).save(tmp_path / "f.keras")
     outcome = run("inspect", tmp_path / "f.keras")
@@ -181,6 +222,11 @@ def test_zoo_export_writes_the_file_of_the_loaded_model(run, tmp_path):
 BAD = [
     (["inspect", "{tmp}/no.keras"], "no.keras: no such file"),
     (["inspect", "{tmp}/no.tflite"], "no.tflite: no such file"),
+    (["inspect", "{tmp}/folder.keras"], "folder.keras is a folder; expected a .keras file"),
+    (["inspect", "{tmp}/folder.tflite"], "folder.tflite is a folder; expected a .tflite file"),
+    (["inspect", "{tmp}/empty"], "empty is a folder; expected a .keras or a .tflite file"),
+    (["evaluate", "{tmp}/folder.keras", "--data=digits"], "folder.keras is a folder"),
+    (["evaluate", "{tmp}/folder.tflite", "--data=digits"], "folder.tflite is a folder"),
     (["inspect", "{tmp}/notes.txt"], "expected a .keras or a .tflite file"),
     (["inspect", "{tmp}/cut.keras"], "cut.keras is damaged or no .keras file"),
     (["inspect", "{tmp}/flipped.keras"], "flipped.keras is damaged"),
@@ -284,7 +330,8 @@ def bad_files(made, tmp_path):
     np.savez(tmp_path / "big.npz", x_train=big, y_train=labels, x_test=big, y_test=labels)
     nan = np.full((20, 8, 8, 1), np.nan, "float32")
     np.savez(tmp_path / "nan.npz", x_train=nan, y_train=labels, x_test=nan, y_test=labels)
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "folder.keras", "folder.tflite"):
+        (tmp_path / name).mkdir()
     (tmp_path / "folder" / "cat").mkdir(parents=True)
     raw = quantize_model(keras.models.load_model(made / "float.keras", compile=False), "w4a4")
     raw.save(tmp_path / "raw.keras")
@@ -347,6 +394,26 @@ def test_evaluate_refuses_data_of_more_classes(run, made, tmp_path):
         outcome = run("evaluate", made / name, "--data", tmp_path / "more.npz")
         assert outcome.code == 2
         assert "tells 10 classes apart; more.npz has 11" in outcome.error
+
+
+def test_what_answers_with_no_classes_is_one_error(run, made, tmp_path):
+    model = files.load_model(made / "float.keras")
+    head, body = model.output, model.get_layer("relu2").output
+    for name, outputs, shapes in (
+        ("two", [head, keras.layers.Dense(10)(head)], "(None, 10) and (None, 10)"),
+        ("map", keras.layers.Conv2D(10, 1)(body), "(None, 3, 3, 10)"),
+    ):
+        path = tmp_path / f"{name}.keras"
+        keras.Model(model.input, outputs, name=name).save(path)
+        small, file = tmp_path / f"small_{name}.keras", tmp_path / f"{name}.tflite"
+        quantize = ("quantize", path, "--scheme=w8a8", "--data=digits", "--images=32")
+        assert run(*quantize, "--out", small).code == 0
+        assert run("export", small, "--out", file, "--verify_images=1").code == 0
+        for given in (path, small, file):
+            outcome = run("evaluate", given, "--data=digits")
+            assert outcome.code == 2, outcome.err
+            wanted = shapes.replace("None", "1" if given == file else "None")
+            assert f"{given} gives {wanted}; accuracy is of one output" in outcome.error
 
 
 def test_labels_of_a_folder_are_those_of_all_classes_or_none(run, made, tmp_path):

@@ -1,3 +1,5 @@
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -29,6 +31,37 @@ def test_one_output_names_no_class():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     with pytest.raises(ValueError, match=r"two outputs or more.* shape \(3, 1\): compare them"):
         measure.keras_answers(model, np.ones((3, 2)))
+
+
+def test_classes_are_those_of_one_vector_an_image():
+    inputs = keras.Input((4, 4, 1))
+    flat = keras.layers.Flatten()(inputs)
+    one, other = keras.layers.Dense(3)(flat), keras.layers.Dense(5)(flat)
+    assert measure.output_classes(keras.Model(inputs, one), "m.keras") == 3
+    for outputs, shapes in (
+        ([one, other], r"\(None, 3\) and \(None, 5\)"),
+        ({"a": one, "b": other}, r"\(None, 3\) and \(None, 5\)"),
+        (keras.layers.Conv2D(3, 1)(inputs), r"\(None, 4, 4, 3\)"),
+        (keras.ops.max(one, axis=-1), r"\(None,\)"),
+    ):
+        said = rf"m\.keras gives {shapes}; accuracy is of one output \(batch, classes\)\. Give"
+        with pytest.raises(ValueError, match=said):
+            measure.output_classes(keras.Model(inputs, outputs), "m.keras")
+
+
+@pytest.mark.parametrize("shapes", [{}, {"a": ()}, {"a": (1, 8, 8, 3)}, {"a": (1, 3), "b": (1, 3)}])
+def test_classes_of_a_file_are_those_of_one_vector_an_image(shapes):
+    session = types.SimpleNamespace(output_shapes=shapes)
+    with pytest.raises(ValueError, match=r"m\.tflite gives .*; accuracy is of one output \(batch"):
+        measure.file_classes(session, "m.tflite")
+    assert measure.file_classes(types.SimpleNamespace(output_shapes={"a": (1, 3)}), "") == 3
+
+
+@pytest.mark.parametrize(("outputs", "classes"), [(1, 1), (1, 2)])
+def test_one_class_is_not_told_from_another(outputs, classes):
+    dataset = types.SimpleNamespace(name="d.npz", num_classes=classes)
+    with pytest.raises(ValueError, match=rf"m has 1 output and d\.npz {classes} classes; accuracy"):
+        measure.check_classes("m", outputs, dataset)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 8, 22, 250])

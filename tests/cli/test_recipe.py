@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from keras_lowbit import quantizers
-from keras_lowbit.cli import files, trainer
+from keras_lowbit.cli import files, making
 from keras_lowbit.cli.recipe import changed, read_recipe, without_folders
 
 pytestmark = pytest.mark.once
@@ -42,7 +42,12 @@ def test_whole_numbers_are_taken_for_reals(tmp_path):
         ("[pretrain]\nbatch_size = 0", "[pretrain]: batch_size must be at least 1. Got 0"),
         ("[train]\nlearning_rate = nan", "learning_rate must be positive. Got nan"),
         ("[train]\nlearning_rate = inf", "learning_rate must be positive. Got inf"),
-        ("[train]\nmomentum = nan", "momentum must be at least 0.0. Got nan"),
+        ("[train]\nmomentum = nan", "momentum must lie in 0..1. Got nan"),
+        ("[train]\nmomentum = 1.5", "r.toml [train]: momentum must lie in 0..1. Got 1.5"),
+        ("[pretrain]\nmomentum = -1", "r.toml [pretrain]: momentum must lie in 0..1. Got -1.0"),
+        ("[train]\nseed = 4294967296", "r.toml [train]: seed must be at most 4294967295, 2**32"),
+        ("[pretrain]\nseed = 4294967296", "r.toml [pretrain]: seed must be at most 4294967295"),
+        ("[data]\nseed = 4294967296", "r.toml [data]: seed must be at most 4294967295"),
         ("[train]\ndistill = 1.5", "distill must lie in 0..1. Got 1.5"),
         ("[train]\nepochs = 2\nwarmup = 2.0", "warmup must be shorter than the 2 epochs"),
         ("[reconstruct]\nsteps = -1", "[reconstruct]: steps must be at least 0. Got -1"),
@@ -158,13 +163,13 @@ def test_a_folded_model_is_rescaled_on_the_calibration_images(tmp_path, monkeypa
     def kinds(model):
         return {type(layer).__name__ for layer in model.layers}
 
-    monkeypatch.setattr(trainer, "rescale_pairs", rescaled)
+    monkeypatch.setattr(making, "rescale_pairs", rescaled)
     text = "[model]\nfold=true\nrescale='cle'\n[quantize]\ncalibration_images=3"
     inputs = keras.Input((4, 4, 1))
     x = keras.layers.BatchNormalization()(keras.layers.Conv2D(2, 3)(inputs))
     made = keras.Model(inputs, x)
     dataset = types.SimpleNamespace(x_train=np.zeros((5, 4, 4, 1), np.uint8))
-    assert trainer.folded(made, read(tmp_path, text), dataset) is not made
+    assert making.folded(made, read(tmp_path, text), dataset) is not made
     assert seen == [(3, "cle", {"InputLayer", "Conv2D"})]
 
 

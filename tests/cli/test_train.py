@@ -457,6 +457,27 @@ def test_a_run_that_cannot_work_ends_before_training(run, recipe, tmp_path, sect
     assert not (tmp_path / "out").exists()
 
 
+def test_a_net_of_several_outputs_is_refused_before_training(run, recipe, tmp_path, made):
+    model = files.load_model(made / "float.keras")
+    outputs = [model.output, keras.layers.Dense(10)(model.output)]
+    keras.Model(model.input, outputs).save(tmp_path / "two.keras")
+    path = recipe(model={"architecture": str(tmp_path / "two.keras")})
+    outcome = run("train", path, "--out", tmp_path / "out")
+    assert (outcome.code, (tmp_path / "out").exists()) == (2, False)
+    assert outcome.error.startswith("tiny [model]: ")
+    assert "accuracy is of one output (batch, classes)" in outcome.error
+
+
+def test_images_of_one_class_are_refused_before_training(run, recipe, tmp_path, made):
+    digits = dict(np.load(made / "digits.npz"))
+    same = {k: np.zeros_like(v) if k.startswith("y") else v for k, v in digits.items()}
+    np.savez(tmp_path / "same.npz", **same)
+    path = recipe(model={"architecture": "resnet8"}, train={"epochs": 1})
+    outcome = run("train", path, "--data", tmp_path / "same.npz", "--out", tmp_path / "out")
+    assert (outcome.code, (tmp_path / "out").exists()) == (2, False)
+    assert "resnet8 has 1 output and same.npz 1 classes; accuracy is counted by" in outcome.error
+
+
 def test_a_folder_of_mixed_sizes_asks_for_the_size_of_the_recipe(run, recipe, tmp_path):
     image = pytest.importorskip("PIL.Image")
     for side in (8, 9):

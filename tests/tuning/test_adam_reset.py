@@ -36,7 +36,7 @@ def test_the_rates_of_the_formula():
 def test_after_a_reset_adam_takes_a_first_step():
     """Reset before every step, Adam moves by the rate whatever the gradient: 4 steps of 0.1."""
     model = fit(AdamResetCosine(period=1, decay=0.0, floor=0.0))
-    assert weight(model) == pytest.approx(-0.4, rel=1e-5)
+    assert weight(model) == pytest.approx(-0.4, rel=1e-5)  # float32 moments
     # Without resets the averages of growing gradients make steps of 0.1, 0.08, 0.07 and 0.064. The
     # rate falls to cos(pi / 4 * 3 / 1000), 3e-6 less.
     smooth = fit(AdamResetCosine(period=1000, decay=0.0, floor=0.0))
@@ -49,14 +49,14 @@ def test_a_reset_under_loss_scaling_leaves_the_scale():
         keras.optimizers.Adam(0.1, epsilon=1e-12), initial_scale=8.0
     )
     model = fit(AdamResetCosine(period=1, decay=0.0, floor=0.0), optimizer=optimizer)
-    assert weight(model) == pytest.approx(-0.4, rel=1e-5)
+    assert weight(model) == pytest.approx(-0.4, rel=1e-5)  # float32 moments
     assert float(ops.convert_to_numpy(optimizer.dynamic_scale)) == 8.0
 
 
 def test_the_rate_moves_within_a_compiled_epoch_and_comes_back():
     """One step at 0.1, then steps at 0.1 exp(-20 t), which move nothing; a reset each time."""
     model = fit(AdamResetCosine(period=1, decay=20.0, floor=0.0))
-    assert weight(model) == pytest.approx(-0.1, rel=1e-5)
+    assert weight(model) == pytest.approx(-0.1, rel=1e-5)  # float32 moments
     assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == pytest.approx(0.1)
 
 

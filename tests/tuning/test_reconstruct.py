@@ -174,7 +174,7 @@ def test_a_softmax_at_the_end_is_left_out_of_the_loss():
     low = quantized(model, "w4a8")
     result = run(low, model, blocks=["b3_project_bn"], steps=2)
     assert next(b.name for b in result.blocks) == "b3_project_bn"
-    np.testing.assert_allclose(outputs(low).sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(outputs(low).sum(-1), 1, rtol=1e-5)  # a float32 softmax
     assert model.get_layer("head").activation.__name__ == "softmax"
 
 

@@ -67,3 +67,14 @@ def test_an_uncalibrated_model_is_left_as_it_was():
     with pytest.raises(ValueError, match="Calibrate the model first"):
         refine(low, model, X)
     np.testing.assert_array_equal(ops.convert_to_numpy(low.get_layer("stem").kernel), before)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"rates": 1e-3}])
+def test_a_model_stays_as_it_was_where_arguments_are_refused(wrong):
+    model = small()
+    low = quantized(model)
+    before = np.array(ops.convert_to_numpy(low.get_layer("stem").kernel))
+    with pytest.raises(ValueError, match="reconstruct: "):
+        refine(low, model, X, **wrong)
+    np.testing.assert_array_equal(ops.convert_to_numpy(low.get_layer("stem").kernel), before)

@@ -53,6 +53,7 @@ def test_thresholds_alone_move_and_the_distance_of_logits_falls():
         if path.endswith("bias"):
             assert np.abs(values(low)[path] - before[path]).max() < 0.1
     assert result.after < 0.8 * result.before
+    # Float32 logits, another order.
     assert result.after == pytest.approx(distance(model, low), rel=1e-5)
     assert len(result.history) == 3
     assert tflite_export.convert(low, verify=X[:4]).mismatches == 0
@@ -77,6 +78,19 @@ def test_a_rate_that_only_harms_leaves_the_model_as_it_was():
     before = values(low)
     result = tune_thresholds(low, model, X, epochs=2, learning_rate=50.0, batch_size=8)
     assert min(result.history) > result.before
+    assert result.after == result.before
+    assert changed(before, values(low)) == set()
+
+
+def test_biases_that_undo_the_gain_leave_the_model_as_it_was(monkeypatch):
+    def spoil(model):
+        model.get_layer("head").bias.assign_add(np.float32(9.0))
+
+    monkeypatch.setattr(thresholds, "snap_biases", spoil)
+    low, model = made(wider=1.8)
+    before = values(low)
+    result = tune_thresholds(low, model, X, epochs=3, learning_rate=0.05, batch_size=8)
+    assert min(result.history) < result.before
     assert result.after == result.before
     assert changed(before, values(low)) == set()
 
@@ -114,16 +128,17 @@ def test_a_pointwise_factor_ends_at_its_range():
     _, to_factor = gradient(lambda _: ops.sum(factor.kernel()), [0.0], variables=[factor.factor])
     np.testing.assert_array_equal(to_factor, [0, -2, 0])
     factor.write()
-    np.testing.assert_allclose(ops.convert_to_numpy(latent), [1.5, -2.2, 5.0], rtol=1e-6)
+    np.testing.assert_allclose(ops.convert_to_numpy(latent), [1.5, -2.2, 5.0], rtol=1e-6)  # float32
 
 
 def test_losses_by_hand():
     """Two images of distances (3, 4) and 0: sqrt(25 / 2); sums 7 and 0 but for the smoothing."""
     wanted, got = np.zeros((2, 2), "float32"), np.float32([[3, -4], [0, 0]])
     wanted, got = map(ops.convert_to_tensor, (wanted, got))
+    # Float32.
     np.testing.assert_allclose(float(thresholds.rmse(wanted, got)), np.sqrt(12.5), rtol=1e-6)
     want = (np.sqrt(9 + 1e-5) + np.sqrt(16 + 1e-5) + 2 * np.sqrt(1e-5)) / 2
-    np.testing.assert_allclose(float(thresholds.smooth_l1(wanted, got)), want, rtol=1e-6)
+    np.testing.assert_allclose(float(thresholds.smooth_l1(wanted, got)), want, rtol=1e-6)  # float32
 
 
 @pytest.mark.once

@@ -1,0 +1,82 @@
+"""A finished float model is kept: by the job that goes on, and by one that begins with it."""
+
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+
+from keras_lowbit.cli import files
+
+pytestmark = pytest.mark.runtime
+
+
+def weights_of(folder):
+    return files.load_model(folder / "model.keras").get_weights()
+
+
+def begun(finished, folder):
+    """A folder as a run leaves it that was killed behind its float model."""
+    folder.mkdir()
+    shutil.copy(finished / "float.keras", folder)
+    found = json.loads((finished / "stages.json").read_text())
+    found["done"] = {"float": found["done"]["float"]}
+    (folder / "stages.json").write_text(json.dumps(found))
+    return folder
+
+
+@pytest.fixture
+def dropping(tmp_path):
+    """A file of an untrained net that drops features."""
+    keras.utils.set_random_seed(5)
+    inputs = keras.Input((8, 8, 1))
+    x = keras.layers.Rescaling(1 / 255)(inputs)  # or it would learn nothing
+    x = keras.layers.Conv2D(6, 3, strides=2, activation="relu")(x)
+    x = keras.layers.Dropout(0.4)(keras.layers.Flatten()(x))
+    keras.Model(inputs, keras.layers.Dense(10)(x)).save(tmp_path / "net.keras")
+    return tmp_path / "net.keras"
+
+
+def test_dropout_drops_the_same_where_a_run_goes_on_behind_its_float_model(
+    run, recipe, tmp_path, dropping
+):
+    path = recipe(
+        model={"architecture": str(dropping)},
+        pretrain={"epochs": 1, "xla": "off"},
+        train={"epochs": 1},
+    )
+    assert run("train", path, "--out", tmp_path / "whole").code == 0
+    folder = begun(tmp_path / "whole", tmp_path / "killed")
+    assert run("train", path, "--out", folder).code == 0
+    for a, b in zip(weights_of(tmp_path / "whole"), weights_of(folder), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_mended_recipe_begins_behind_the_float_model(run, recipe, tmp_path):
+    given = {"pretrain": {"epochs": 1, "xla": "off"}, "train": {"epochs": 1}}
+    assert run("train", recipe(**given), "--out", tmp_path / "whole").code == 0
+    folder = begun(tmp_path / "whole", tmp_path / "begun")
+    before = (folder / "float.keras").read_bytes()
+    mended = recipe(**given, quantize={"scheme": "w4a8"})
+    assert run("train", mended, "--out", folder).code == 0
+    assert (folder / "float.keras").read_bytes() == before
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["recipe"]["quantize"]["scheme"] == "w4a8"
+    # Now it holds more than a float model.
+    outcome = run("train", recipe(**given), "--out", folder)
+    assert (outcome.code, "results of another recipe" in outcome.err) == (2, True)
+
+
+@pytest.mark.parametrize("begin", ["another float model", "a student"])
+def test_what_a_mended_recipe_would_lose_or_mistake_is_refused(run, recipe, tmp_path, begin):
+    given = {"pretrain": {"epochs": 1, "xla": "off"}, "train": {"epochs": 1}}
+    assert run("train", recipe(**given), "--out", tmp_path / "whole").code == 0
+    folder = begun(tmp_path / "whole", tmp_path / "begun")
+    if begin == "a student":
+        (folder / "backup_model").mkdir()
+        mended = recipe(**given, quantize={"scheme": "w4a8"})
+    else:
+        mended = recipe(pretrain={"epochs": 2, "xla": "off"}, train={"epochs": 1})
+    outcome = run("train", mended, "--out", folder)
+    assert (outcome.code, "results of another recipe" in outcome.err) == (2, True)
