@@ -19,7 +19,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-arm test-no-tensorflow test-old-runtime bench bench-peers lint format clean
+.PHONY: help install demo test test-slow test-arm test-no-tensorflow test-old-runtime bench bench-peers reference lint format clean
 
 help:
 	@echo "make install             the virtual environment $(VENV) with the three backends"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-old-runtime    exported files in tflite-runtime 2.14"
 	@echo "make bench               time of a training step against the float model, and of methods"
 	@echo "make bench-peers         the same for other libraries, each in its environment (gigabytes)"
+	@echo "make reference           docs/reference.md and docs/recipes.md, from the docstrings"
 	@echo "make lint | make format  ruff"
 
 install: $(STAMP)
@@ -112,6 +113,10 @@ bench: install
 bench-peers: install
 	@PYTHONPATH=. KERAS_BACKEND=$${KERAS_BACKEND:-tensorflow} $(BIN)/python \
 	  -m tests.benchmarks.peers.run $(PEERS_ARGS)
+
+reference: install
+	@PYTHONPATH=. KERAS_BACKEND=$${KERAS_BACKEND:-tensorflow} $(BIN)/python \
+	  tests/benchmarks/write_reference.py
 
 lint: install
 	@$(BIN)/ruff check .

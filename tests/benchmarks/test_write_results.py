@@ -99,6 +99,41 @@ def test_the_page_takes_what_lies_in_the_folder(tmp_path, monkeypatch):
     assert "Larq" in write_results.page()
 
 
+@pytest.mark.parametrize("name", write_results.TABLES)
+def test_tables_between_marks_are_those_of_the_logs(name):
+    path = write_results.ROOT / name
+    written = write_results.put(path, write_results.TABLES[name]())
+    assert path.read_text() == written, "run tests/benchmarks/write_results.py"
+
+
+def test_the_results_page_is_that_of_the_logs():
+    path = write_results.ROOT / "docs" / "results.md"
+    assert path.read_text() == write_results.page(), "run tests/benchmarks/write_results.py"
+
+
+def test_what_stands_around_the_marks_stays(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{write_results.BEGIN}\nold\n{write_results.END}\nbehind\n")
+    text = write_results.put(page, "new")
+    assert text == f"before\n{write_results.BEGIN}\n\nnew\n\n{write_results.END}\nbehind\n"
+    page.write_text(f"before\n{write_results.BEGIN}\n")
+    with pytest.raises(ValueError, match=r"page\.md needs one line"):
+        write_results.put(page, "new")
+
+
+def test_a_model_that_seldom_agrees_is_named(monkeypatch):
+    def metrics(name):
+        other = 0.99 if name == "resnet8_cifar10_w4a4" else 0.996
+        return {"accuracy": {"int8": {"agreement": other, "images": 500}}}
+
+    monkeypatch.setattr(write_results, "zoo_metrics", metrics)
+    text = write_results.agreements()
+    assert "from 99.00% to 99.60% of the images. Under 99.5%: `resnet8_cifar10_w4a4` (99.00%)." in (
+        " ".join(text.split())
+    )
+    assert "| `resnet8_cifar10_w4a4` | w4a4 | 500 | 5 | 99.00% |" in lines([text])
+
+
 ROOT = Path(__file__).resolve().parents[2]
 LARGE_ARRAY = """
 from tests.benchmarks.convert_cost import peak_mib, reset_peak
