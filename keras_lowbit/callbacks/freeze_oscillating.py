@@ -73,7 +73,7 @@ class FreezeOscillating(keras.callbacks.Callback):
         self.max_bits = checked_count(max_bits, who="FreezeOscillating: max_bits", least=2)
         self._kernels: dict[str, Kernel] = {}
         self._followed: dict[str, _Followed] = {}
-        self._epoch = self._updates = 0
+        self._epoch, self._updates = 0, None
 
     def threshold_at(self, done: float) -> float:
         """The threshold after the share `done` of the training."""
@@ -104,7 +104,7 @@ class FreezeOscillating(keras.callbacks.Callback):
                 f"Got {model.steps_per_execution}"
             )
         self._followed = {}
-        self._updates = int(self.model.optimizer.iterations)
+        self._updates = self._updates_of(self.model.optimizer)
 
     def on_epoch_begin(self, epoch, logs=None):
         """Follow the kernels that have few bits now."""
@@ -131,11 +131,15 @@ class FreezeOscillating(keras.callbacks.Callback):
 
     def _was_update(self, optimizer):
         """Whether the batch moved weights; fetches a number only where some batches do not."""
-        optimizer = unwrapped(optimizer)
-        if not optimizer.gradient_accumulation_steps:
-            return True
-        before, self._updates = self._updates, int(optimizer.iterations)
-        return self._updates != before
+        before, self._updates = self._updates, self._updates_of(optimizer)
+        return self._updates is None or self._updates != before
+
+    @staticmethod
+    def _updates_of(optimizer):
+        """Steps that an optimizer has made which gathers gradients; `None` of any other."""
+        own = unwrapped(optimizer)  # or none, under a `train_step` of somebody's own
+        gathers = getattr(own, "gradient_accumulation_steps", None)
+        return int(own.iterations) if gathers else None
 
     def on_epoch_end(self, epoch, logs=None):
         """Log the share of frozen weights."""
@@ -167,6 +171,8 @@ class FreezeOscillating(keras.callbacks.Callback):
             )
             for name in names
         }
+        # Whoever sets the state has set the optimizer's first.
+        self._updates = self._updates_of(self.model.optimizer)
 
 
 class _Followed:

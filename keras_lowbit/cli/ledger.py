@@ -63,9 +63,11 @@ class Stages:
 
 def _of_float(job):
     """What the float model of a job depends on."""
-    recipe = job["recipe"]
+    recipe = job.get("recipe")
+    if not isinstance(recipe, dict):
+        return job
     sections = {name: recipe.get(name) for name in _OF_FLOAT}
-    return {**job, "recipe": {**sections, "seed": recipe.get("train", {}).get("seed")}}
+    return {**job, "recipe": {**sections, "seed": (recipe.get("train") or {}).get("seed")}}
 
 
 def _difference(old, new, prefix=""):

@@ -301,7 +301,7 @@ class _Whole(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         for callback in self.callbacks:
             if not getattr(callback, "ends_each_fit", False):
-                callback.set_params({**callback.params, "epochs": self.epochs})
+                callback.set_params({**self.params, "epochs": self.epochs})
 
 
 def _exit(folder, index) -> Path:

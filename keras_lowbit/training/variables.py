@@ -46,7 +46,7 @@ def exclude_from_weight_decay(
     own.exclude_from_weight_decay(
         var_list=[v for v in model.trainable_variables if id(v) in learned or len(v.shape) <= 1]
     )
-    if getattr(model, "optimizer", None) is optimizer:
+    if unwrapped(getattr(model, "optimizer", None)) is own:
         model.train_function = None  # a compiled step would go on as it was traced
     return optimizer
 

@@ -7,13 +7,14 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit import walk
-from keras_lowbit.transform.copies import config_of, rebuilt_model, refuse_changed
+from keras_lowbit.transform.copies import config_of, rebuilt, rebuilt_model, refuse_changed
 from keras_lowbit.transform.layer_maker import LayerMaker
 
 # Arguments that both layers take, as they are.
 _KEPT = (
-    *("activation", "use_bias", "bias_initializer", "kernel_regularizer", "bias_regularizer"),
-    *("activity_regularizer", "kernel_constraint", "bias_constraint", "trainable", "dtype"),
+    *("filters", "kernel_size", "activation", "use_bias", "bias_initializer", "trainable", "dtype"),
+    *("kernel_regularizer", "bias_regularizer", "activity_regularizer"),
+    *("kernel_constraint", "bias_constraint"),
 )
 
 
@@ -115,13 +116,8 @@ def _around(call):
 
 def _convolution(original, name):
     config = config_of(original)
-    return keras.layers.Conv2D(
-        original.filters,
-        original.kernel_size,
-        padding="valid",
-        name=name,
-        **{key: config[key] for key in _KEPT},
-    )
+    kept = {key: config[key] for key in _KEPT}
+    return rebuilt(original, {**kept, "padding": "valid", "name": name}, keras.layers.Conv2D)
 
 
 def _turned(layer):

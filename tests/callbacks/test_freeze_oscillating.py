@@ -176,6 +176,26 @@ def test_batches_that_only_gather_gradients_count_nothing():
         np.testing.assert_array_equal(gathering[f"middle:{part}"], plain[f"middle:{part}"])
 
 
+def test_counting_goes_on_in_the_middle_of_gathered_gradients():
+    """Three batches an update, four an epoch: the batch behind a state is the second of three."""
+    model, freeze = restless(), FreezeOscillating((1.0, 1.0))
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=3)
+    model.compile(optimizer, "mse", jit_compile=False)
+    optimizer.build(model.trainable_variables)
+    freeze.set_model(model)
+    freeze.on_train_begin()
+    # `Resume` brings the optimizer back behind this, and then the counts.
+    optimizer._iterations.assign(4)
+    freeze.set_state({})
+    assert not freeze._was_update(optimizer)
+    optimizer._iterations.assign(6)
+    assert freeze._was_update(optimizer)
+    # A model with a step of its own may have no optimizer.
+    model.optimizer = None
+    freeze.on_train_begin()
+    assert freeze._was_update(None)
+
+
 def test_a_descent_is_followed_from_the_bits_on_that_oscillate():
     model, freeze = restless("w4a4"), FreezeOscillating((0.0, 0.0))
     logged = tiny.train(model, [BitDescent({0: 8, 1: 5, 2: 4}), freeze], epochs=5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from keras_lowbit.cli import files
+from keras_lowbit.cli.ledger import Stages
 
 pytestmark = pytest.mark.runtime
 
@@ -66,6 +67,13 @@ def test_a_mended_recipe_begins_behind_the_float_model(run, recipe, tmp_path):
     # Now it holds more than a float model.
     outcome = run("train", recipe(**given), "--out", folder)
     assert (outcome.code, "results of another recipe" in outcome.err) == (2, True)
+
+
+@pytest.mark.parametrize("job", [{"x": 1}, {"recipe": 3}, {"recipe": {"train": None}}])
+def test_a_ledger_of_something_else_is_told_from_a_start(job, tmp_path):
+    (tmp_path / "stages.json").write_text(json.dumps({"job": job, "done": {}}))
+    with pytest.raises(ValueError, match="results of another recipe"):
+        Stages(tmp_path, {"recipe": {"data": 1, "train": {"seed": 0}}})
 
 
 @pytest.mark.parametrize("begin", ["another float model", "a student"])

@@ -72,6 +72,18 @@ def test_a_u_net_exports_exactly(scheme):
     assert tflite_export.convert(small, verify=images).mismatches == 0
 
 
+def doubled(x):
+    return 2 * x
+
+
+def test_an_activation_of_somebodys_own_goes_along():
+    inputs = keras.Input(IMAGES.shape[1:])
+    x = K.Conv2DTranspose(2, 3, strides=2, activation=doubled, name="up")(inputs)
+    model = keras.Model(inputs, x)
+    # Float32 noise of 27 products, doubled.
+    np.testing.assert_allclose(answers(expand_transposed(model)), answers(model), atol=2e-5)
+
+
 def test_the_copy_trains():
     x = np.random.default_rng(1).uniform(size=(8, 8, 8, 3)).astype("float32")
     small = calibrate(quantize_model(expand_transposed(u_net()), "w4a4"), x)
