@@ -94,17 +94,7 @@ def _check_tuning(recipe, made, model):
     given = recipe.reconstruct
     if given.steps:
         with of_section(recipe, "reconstruct"):
-            rates, block_rates = given.all_rates
-            plan(
-                made,
-                model,
-                steps=given.steps,
-                block_steps=given.block_steps,
-                logit_weight=given.logit_weight,
-                logit_blocks=given.logit_blocks,
-                rates=rates,
-                block_rates=block_rates,
-            )
+            plan(made, model, **given.planned)
     if recipe.refine.steps:
         with of_section(recipe, "refine"):
             plan(made, model, steps=recipe.refine.steps, blocks=[])

@@ -106,6 +106,19 @@ class Reconstruct:
         others = {k: Rates(**{**self.rates, **v}) for k, v in self.block_rates.items()}
         return Rates(**self.rates), others
 
+    @property
+    def planned(self) -> dict[str, Any]:
+        """What blocks, their steps and rates follow from: for `reconstruct`, and its plan alone."""
+        rates, block_rates = self.all_rates
+        return {
+            "steps": self.steps,
+            "block_steps": self.block_steps,
+            "logit_weight": self.logit_weight,
+            "logit_blocks": self.logit_blocks,
+            "rates": rates,
+            "block_rates": block_rates,
+        }
+
 
 @dataclass(frozen=True)
 class Refine:

@@ -200,21 +200,15 @@ class _Run:
         images = np.asarray(self.chosen.x_train[: given.images or None], np.float32)
         images = datasets.zoomed_views(images, given.views, zoom=given.zoom, seed=seed)
         if given.steps:
-            rates, block_rates = given.all_rates
             found = reconstruct(
                 model,
                 teacher,
                 images,
-                steps=given.steps,
-                block_steps=given.block_steps,
+                **given.planned,
                 batch_size=given.batch_size,
                 drop=given.drop,
                 rounding=given.rounding,
-                logit_weight=given.logit_weight,
-                logit_blocks=given.logit_blocks,
                 match_means=given.match_means,
-                rates=rates,
-                block_rates=block_rates,
                 seed=seed,
                 memory=given.memory * 2**30,
                 folder=self.out / "blocks" if self.resume else None,
