@@ -206,7 +206,8 @@ def convert(
     found = targets.objections(graph.ops, graph.tensors, place)
     if found:
         raise NotExportable(_sentence(place, found))
-    result = ExportResult(flatbuffer.write(graph), graph, target, weights)
+    content = flatbuffer.write(graph, joins_zeros=place.joins_zeros)
+    result = ExportResult(content, graph, target, weights)
     return result if verify is None else result.verified(verify)
 
 

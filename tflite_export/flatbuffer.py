@@ -19,7 +19,7 @@ _ALIGNMENT = 16  # what the runtime asks of constant data
 _Code = schema.BuiltinOperator
 
 
-def write(graph: ir.Graph, *, all_outputs: bool = False) -> bytes:
+def write(graph: ir.Graph, *, all_outputs: bool = False, joins_zeros: bool = False) -> bytes:
     """The graph as a `.tflite` file.
 
     Tensors keep their names and shapes; every operation gets the lowest version that expresses
@@ -29,11 +29,12 @@ def write(graph: ir.Graph, *, all_outputs: bool = False) -> bytes:
         graph: the integer graph.
         all_outputs: make every computed tensor an output of the file: the verification copy.
             Inside a delegate a tensor that is no output cannot be read.
+        joins_zeros: write a pad of channels as concatenations with constant zeros, one a side.
 
     Raises:
         ValueError: for a storage, padding or activation that the format does not know.
     """
-    writer = _Writer(graph)
+    writer = _Writer(graph, joins_zeros)
     for op in graph:
         writer.add(op)
     content = writer.finish()
@@ -77,8 +78,9 @@ def _new(kind, **fields):
 class _Writer:
     """Collects tensors, buffers and operators in the order in which they are added."""
 
-    def __init__(self, graph):
+    def __init__(self, graph, joins_zeros=False):
         self.graph = graph
+        self.joins_zeros = joins_zeros
         self.buffers = [schema.BufferT()]  # buffer 0 means "no data"
         self.buffer_index = {}  # equal constants share one buffer
         self.codes = {}  # (operator, version) -> index
@@ -105,18 +107,33 @@ class _Writer:
 
     def constant(self, name, array, dtype, grid=None):
         """Add a constant tensor; returns its index."""
+        data = pack(array, 4) if dtype == "int4" else np.ascontiguousarray(array, dtype)
+        return self._append(self._free(name), array.shape, dtype, grid, self.buffer(data.tobytes()))
+
+    def between(self, name, output, shape):
+        """Add a computed tensor of the grid of `output` that the graph does not know."""
+        t = self.graph.tensors[output]
+        return self._append(self._free(name), shape, t.dtype, _grid([t.scale], [t.zero_point]))
+
+    def _free(self, name):
         while name in self.index or name in self.graph.tensors:
             name += "_"
-        data = pack(array, 4) if dtype == "int4" else np.ascontiguousarray(array, dtype)
-        return self._append(name, array.shape, dtype, grid, self.buffer(data.tobytes()))
+        return name
 
     def add(self, op):
+        if isinstance(op, ir.Pad) and self.joins_zeros and any(op.paddings[-1]):
+            return _join_zeros(self, op)
         code, version, constants, options = _OPERATIONS[type(op)](self, op)
+        inputs = [self.index[name] for name in op.inputs] + constants
+        return self.operator(code, version, inputs, self.index[op.output], options)
+
+    def operator(self, code, version, inputs, output, options):
+        """Add an operator on tensors of these indices; returns that of its output."""
         operator = _new(
             schema.OperatorT,
             opcodeIndex=self.codes.setdefault((code, version), len(self.codes)),
-            inputs=[self.index[name] for name in op.inputs] + constants,
-            outputs=[self.index[op.output]],
+            inputs=inputs,
+            outputs=[output],
             # FooOptionsT travels in a union whose tag is FooOptions; some operators have none.
             builtinOptionsType=getattr(
                 schema.BuiltinOptions, "NONE" if options is None else type(options).__name__[:-1]
@@ -124,6 +141,7 @@ class _Writer:
             builtinOptions=options,
         )
         self.operators.append(operator)
+        return output
 
     def finish(self):
         inputs = {name: self.index[name] for name in self.graph.inputs}
@@ -278,13 +296,43 @@ def _pool(code, op):
 
 def _concatenate(writer, op):
     rank = len(writer.graph.tensors[op.output].shape)
-    options = _new(schema.ConcatenationOptionsT, axis=op.axis % rank)
-    return _Code.CONCATENATION, 2, [], options
+    return _concatenation(op.axis % rank)
 
 
-def _pad(writer, op):
-    paddings = writer.constant(f"{op.output}/paddings", np.asarray(op.paddings), "int32")
-    return _Code.PAD, 2, [paddings], schema.PadOptionsT()
+def _concatenation(axis):
+    return _Code.CONCATENATION, 2, [], _new(schema.ConcatenationOptionsT, axis=axis)
+
+
+def _pad(writer, op, paddings=None):
+    paddings = np.asarray(op.paddings if paddings is None else paddings)
+    constant = writer.constant(f"{op.output}/paddings", paddings, "int32")
+    return _Code.PAD, 2, [constant], schema.PadOptionsT()
+
+
+def _join_zeros(writer, op):
+    """A pad whose channels come by concatenations, each of two tensors, one of them zeros."""
+    source, result = (writer.graph.tensors[name] for name in (*op.inputs, op.output))
+    x, shape = writer.index[source.name], (*result.shape[:-1], source.shape[-1])
+    inner = (*op.paddings[:-1], (0, 0))
+    if any(map(any, inner)):
+        padded = writer.between(f"{op.output}/padded", op.output, shape)
+        code, version, constants, options = _pad(writer, op, inner)
+        x = writer.operator(code, version, [x, *constants], padded, options)
+    before, after = op.paddings[-1]
+    widths = [(side, n) for side, n in (("after", after), ("before", before)) if n]
+    code, version, _, options = _concatenation(len(shape) - 1)
+    for side, n in widths:
+        zeros = np.full((*shape[:-1], n), result.zero_point)
+        grid = _grid([result.scale], [result.zero_point])
+        zeros = writer.constant(f"{op.output}/{side}", zeros, result.dtype, grid)
+        shape = (*shape[:-1], shape[-1] + n)
+        joined = (
+            writer.index[op.output]
+            if shape == result.shape
+            else writer.between(f"{op.output}/joined", op.output, shape)
+        )
+        inputs = [x, zeros] if side == "after" else [zeros, x]
+        x = writer.operator(code, version, inputs, joined, options)
 
 
 def _resize_nearest(writer, op):

@@ -21,12 +21,14 @@ class Target:
         objections: sentences against an operation that gives a tensor of a shape; empty where it
             is fine.
         largest_batch: images that a file can take at a time; `None` for any number.
+        joins_zeros: pads of channels are written as concatenations with zeros.
     """
 
     name: str
     runtime: str
     objections: Callable[[ir.Op, tuple[int, ...]], list[str]]
     largest_batch: int | None = None
+    joins_zeros: bool = False
 
 
 def _none(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
@@ -53,11 +55,6 @@ def _coral(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
         found.append(
             f"on the Edge TPU only the three innermost axes may be longer than 1. Got {shape}"
         )
-    if isinstance(op, ir.Pad) and any(map(any, (op.paddings[:-3] + op.paddings[-1:]))):
-        found.append(
-            f"the Edge TPU pads along height and width only. Got {op.paddings}; a convolution by "
-            "zeros makes channels, too"
-        )
     dilation = getattr(op, "dilation", (1, 1))
     if dilation[0] != dilation[1]:
         found.append(f"the Edge TPU dilates alike in both directions. Got {dilation}")
@@ -78,7 +75,14 @@ def _coral(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
 TARGETS = {
     "android": Target("android", "LiteRT 2, default kernels (XNNPACK)", _none),
     "builtin": Target("builtin", "tflite-runtime 2.14 and newer, built-in kernels", _old_builtin),
-    "coral": Target("coral", "edgetpu_compiler 16 for Coral's Edge TPU", _coral, largest_batch=1),
+    "coral": Target(
+        "coral",
+        "edgetpu_compiler 16 for Coral's Edge TPU",
+        _coral,
+        largest_batch=1,
+        # Its PAD knows height and width only, its CONCATENATION two tensors, one of them zeros.
+        joins_zeros=True,
+    ),
 }
 
 

@@ -57,6 +57,15 @@ def test_probe_tensors_give_the_released_integers(name):
 
 
 @pytest.mark.once
+def test_a_released_resnet_goes_to_the_edge_tpu():
+    # Its shortcuts pad channels.
+    model = zoo.load("resnet20_cifar10_w4a4")
+    assert tflite_export.check(model, "coral") == []
+    images = probe_images((32, 32, 3), 0)
+    assert tflite_export.convert(model, "coral", verify=images).mismatches == 0
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("name", zoo.list())
 def test_evidence_and_index_agree(name):
     entry = zoo.info(name)
