@@ -26,20 +26,23 @@ STAGE_BATCHES = 50
 class Methods:
     """Training methods of a recipe; the defaults use none.
 
-    `two_stage`: `"weights_first"` or `"activations_first"`: what comes second joins at
-    `switch_epoch` (`callbacks.TwoStage`).
-    `stochastic`: probability that a block is quantized in the first step, 1 for always; it rises to
-    1 over 60 % of the steps (`callbacks.StochasticPrecision`).
-    `mutual`: with `[train] distill`, the float model learns from the quantized one meanwhile
-    (`distillation.MutualDistiller`).
-    `cycles`: how often `[train] bit_descent` is gone through, each stage with a new optimizer and
-    its own cosine (`training.CyclicTraining`); between cycles `return_epochs` in float. All of it
-    takes `[train] epochs` together.
-    `pull`: strength of the cosine-to-ternary penalty; ternary kernels stay float up to
-    `switch_epoch` (`callbacks.TernaryPhases`).
-    `balance`: lets the pull of `activation = "channel_balanced"` fall to nothing.
-    `snap_epoch`: the epoch from which learned levels lie on integers (`snap_levels`); -1 leaves
-    that to the end.
+    Args:
+        two_stage: `"weights_first"` or `"activations_first"`: what comes second joins at
+            `switch_epoch` (`callbacks.TwoStage`); empty for both at once.
+        switch_epoch: where the second stage of `two_stage` begins, or up to where ternary kernels
+            stay float (`callbacks.TernaryPhases`).
+        stochastic: probability that a block is quantized in the first step, 1 for always; it rises
+            to 1 over 60 % of the steps (`callbacks.StochasticPrecision`).
+        mutual: with `[train] distill`, the float model learns from the quantized one meanwhile
+            (`distillation.MutualDistiller`).
+        cycles: how often `[train] bit_descent` is gone through, each stage with a new optimizer
+            and its own cosine (`training.CyclicTraining`), `[train] epochs` in all; 0 for once,
+            in one `fit`.
+        return_epochs: epochs in float between cycles.
+        pull: strength of the cosine-to-ternary penalty.
+        balance: let the pull of `activation = "channel_balanced"` fall to nothing.
+        snap_epoch: from which epoch learned levels lie on integers (`snap_levels`); -1 leaves that
+            to the end.
     """
 
     two_stage: str = ""

@@ -16,10 +16,15 @@ from keras_lowbit.tuning.block_model import Rates
 
 @dataclass(frozen=True)
 class Data:
-    """`name`: what `data.load` takes. `holdout`: training images set aside for choices.
+    """The images, as `data.load` takes them.
 
-    `size` (pixels, 0: as they are) and `channels` are for folders of images. `about`: what a reader
-    of figures must know of the images.
+    Args:
+        name: of a data set, an `.npz` file or a folder of images.
+        holdout: training images set aside for choices.
+        seed: which images are set aside follows from it.
+        size: height and width in pixels of images from folders; 0 for as they are.
+        channels: of images from folders.
+        about: what a reader of figures must know of the images.
     """
 
     name: str = "digits"
@@ -32,12 +37,14 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    """`architecture`: a name of `keras_lowbit.zoo.build` or a float `.keras` file.
+    """The float model that is quantized.
 
-    `weights`: a file with float weights; empty for random ones, or those of the `.keras` file.
-    `fold`: put batch norms into the kernels before quantization (`fold_batchnorm`).
-    `rescale`: equalize channels of folded layers that follow each other (`rescale_pairs`):
-    `"fat"`, `"cle"` or `"activations"`; empty for as they are.
+    Args:
+        architecture: a name of `keras_lowbit.zoo.build` or a float `.keras` file.
+        weights: a file with float weights; empty for random ones, or those of the `.keras` file.
+        fold: put batch norms into the kernels before quantization (`fold_batchnorm`).
+        rescale: equalize channels of folded layers that follow each other (`rescale_pairs`):
+            `"fat"`, `"cle"` or `"activations"`; empty for as they are.
     """
 
     architecture: str = "resnet8"
@@ -48,12 +55,20 @@ class Model:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Scheme, number of training images and method for calibration; `""` trains a float model.
+    """The scheme (`Scheme`), and how scales are found (`calibrate`).
 
-    `ends_bits`: bits of the first and the last layer, 0 to treat them like the others.
-    `exceptions`: layer-name pattern to a scheme, or to `"float"` for a layer that stays float.
-    `binary_activation`: what 1-bit activations are, `"heaviside"` or `"sign"`.
-    `kernel_options`, `activation_options`: more arguments of those quantizers.
+    Args:
+        scheme: bits of kernels and activations, `"w4a8"`, or `"wta8"`; empty for a float model.
+        kernel: quantizer of kernels, a name.
+        activation: quantizer of activations, a name.
+        per_channel: one kernel scale for each output channel; false for one a kernel.
+        ends_bits: bits of the first and the last layer, 0 to treat them like the others.
+        exceptions: layer-name pattern to a scheme, or to `"float"` for a layer that stays float.
+        binary_activation: what 1-bit activations are, `"heaviside"` or `"sign"`.
+        kernel_options: more arguments of the quantizer of kernels.
+        activation_options: more arguments of the quantizer of activations.
+        calibration_images: training images that `calibrate` looks at, the first ones.
+        method: how `calibrate` finds scales: `"mse"`, `"minmax"` or `"percentile"` (99.99).
     """
 
     scheme: str = "w8a8"
@@ -73,16 +88,21 @@ class Quantize:
 class Reconstruct:
     """Block reconstruction before `[train]`, without labels (`tuning.reconstruct`).
 
-    `steps` for each block, 0 for none, and `block_steps` for those whose names match a pattern
-    (`{ "block[0-3]_*" = 100 }`); `batch_size` images a step; `drop`: share of elements that
-    stay real meanwhile; `images`: the first so many training images, 0 for all; `views`: random
-    views of each beside it, windows of at least the share `zoom` of both sides
-    (`data.zoomed_views`); `rounding`: `"nearest"` or `"data"`, where kernels start;
-    `logit_weight`: of the divergence of the logits beside a block's own error; `logit_blocks`: how
-    many of the last blocks are trained as one, for the logits; `match_means`: channel means of
-    blocks' outputs are brought in order (`tuning.means`); `rates`: learning rates by name
-    (`tuning.Rates`), those left out as there; `block_rates`: the same for blocks whose names match
-    a pattern, those left out as in `rates`; `memory`: gibibytes for activations.
+    Args:
+        steps: for each block, 0 for none.
+        block_steps: steps of blocks whose names match a pattern (`{ "block[0-3]_*" = 100 }`).
+        batch_size: images a step.
+        drop: share of elements that stay real meanwhile.
+        images: the first so many training images, 0 for all.
+        views: random views of each image beside it (`data.zoomed_views`).
+        zoom: least share of both sides that a view shows.
+        rounding: where kernels start, `"nearest"` or `"data"`.
+        logit_weight: of the divergence of the logits beside a block's own error.
+        logit_blocks: how many of the last blocks are trained as one, for the logits.
+        match_means: bring channel means of blocks' outputs in order (`tuning.means`).
+        rates: learning rates by name (`tuning.Rates`), those left out as there.
+        block_rates: rates of blocks whose names match a pattern, those left out as in `rates`.
+        memory: gibibytes for activations.
     """
 
     steps: int = 0
@@ -124,7 +144,9 @@ class Reconstruct:
 class Refine:
     """Distillation of the whole model behind `[reconstruct]`, on its images (`tuning.refine`).
 
-    `steps`, 0 for none, of `batch_size` images.
+    Args:
+        steps: optimizer steps, 0 for none.
+        batch_size: images a step.
     """
 
     steps: int = 0
@@ -133,21 +155,36 @@ class Refine:
 
 @dataclass(frozen=True)
 class Train:
-    """One `fit`: SGD with momentum, cosine schedule after a linear warm-up of `warmup` epochs.
+    """One `fit`: SGD with momentum, a linear warm-up and a cosine schedule.
 
-    `clipnorm`: largest norm of all gradients together, 0 for no limit.
-    `augment` shifts images by up to `shift` pixels and, with `flip`, mirrors half of them; `cutout`
-    is the side in pixels of a square set to zero, `mixup` the parameter of the beta distribution by
-    which two images and their targets are mixed; 0 for none.
-    `bit_descent` maps an epoch (a string in TOML) to bits. `distill` mixes in the logits of the
-    float model: loss = (1 - distill) * cross-entropy + distill * T^2 * KL(teacher, student).
-    `teacher`: a name of `zoo.load` or a `.keras` file, whose logits these are in place of the
-    recipe's own float model; with it a float model is distilled into, too.
-    `reestimate_batches`: batches, augmented as in training, from which batch norms take their
-    statistics after the last epoch.
-    `xla` is for TensorFlow (JAX always compiles, PyTorch never): `"auto"` leaves the choice to
-    Keras, except for depthwise convolutions, which XLA makes slow on a CPU; `"on"`; `"off"`, with
-    which short runs are done sooner.
+    Args:
+        epochs: passes over the training images, 0 for none.
+        batch_size: images a step.
+        learning_rate: the highest, from which the cosine falls to 0.
+        momentum: of SGD.
+        nesterov: whether momentum is Nesterov's.
+        weight_decay: share of a weight that a step of learning rate 1 takes away; Keras decouples
+            it, so with momentum 0.9 PyTorch's value is a tenth of it.
+        clipnorm: largest norm of all gradients together, 0 for no limit.
+        warmup: epochs, whole or not, in which the learning rate rises.
+        augment: shift and, with `flip`, mirror images at random.
+        flip: whether half of the images are mirrored, where `augment` is on.
+        shift: pixels by which images are shifted at most, where `augment` is on.
+        cutout: side in pixels of a square set to zero, 0 for none.
+        mixup: parameter of the beta distribution by which two images and their targets are mixed,
+            0 for none.
+        bit_descent: bits from an epoch on; epochs are strings in TOML (`{ "0" = 4, "5" = 2 }`).
+        distill: share of the teacher's logits in the loss: (1 - distill) * cross-entropy +
+            distill * T^2 * KL(teacher, student).
+        teacher: whose logits these are, a name of `zoo.load` or a `.keras` file; empty for the
+            recipe's own float model. With it a float model is distilled into, too.
+        temperature: T in the loss of `distill`.
+        reestimate_batches: batches, augmented as in training, from which batch norms take their
+            statistics after the last epoch; 0 for none.
+        xla: on TensorFlow (JAX always compiles, PyTorch never): `"auto"` leaves the choice to
+            Keras, except for depthwise convolutions, which XLA makes slow on a CPU; `"on"`;
+            `"off"`, with which short runs are done sooner.
+        seed: start of all randomness.
     """
 
     epochs: int = 0
@@ -179,10 +216,15 @@ class Train:
 
 @dataclass(frozen=True)
 class Export:
-    """Files to write: `weights` lists `"int8"`, `"int4"`, `"int4_all"`; the rest as in `convert`.
+    """Files to write (`tflite_export.convert`).
 
-    `input_type`: empty for what the model allows. `verify_images`: training images on which every
-    tensor of a file is compared with the reference, 0 for none.
+    Args:
+        weights: a file for each of `"int8"`, `"int4"`, `"int4_all"` that is listed.
+        target: `"android"`, `"builtin"` (also tflite-runtime 2.14) or `"coral"` (Edge TPU).
+        input_type: `"float32"`, `"uint8"` or `"int8"`; empty for what the model allows.
+        output_type: `"float32"`, `"uint8"` or `"int8"`.
+        verify_images: training images on which every tensor of a file is compared with the
+            reference, 0 for none.
     """
 
     weights: tuple[str, ...] = ("int8", "int4")

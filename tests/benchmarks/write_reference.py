@@ -43,28 +43,6 @@ TYPES = {
     tuple: "list",
     dict: "table",
 }
-# Where the meaning of a recipe's key stands that its own section does not say.
-ELSEWHERE = {
-    ("quantize", "kernel"): (klb.Scheme, "kernel"),
-    ("quantize", "activation"): (klb.Scheme, "activation"),
-    ("quantize", "per_channel"): (klb.Scheme, "per_channel"),
-    ("quantize", "method"): (klb.calibrate, "method"),
-    ("export", "target"): (tflite_export.convert, "target"),
-    ("export", "output_type"): (tflite_export.convert, "output_type"),
-}
-# What no docstring says.
-OWN_WORDS = {
-    "scheme": 'bits of kernels and activations, `"w4a8"`, or `"wta8"`; empty for a float model',
-    "seed": "start of all randomness",
-    "calibration_images": "training images that `calibrate` looks at, the first ones",
-    "epochs": "passes over the training images, 0 for none",
-    "batch_size": "images a step",
-    "learning_rate": "the highest, from which the cosine falls",
-    "momentum": "of SGD",
-    "nesterov": "whether momentum is Nesterov's",
-    "weight_decay": "of SGD",
-    "temperature": "T in the loss of `distill`",
-}
 
 
 # --- docstrings -----------------------------------------------------------------------------------
@@ -197,8 +175,7 @@ def recipes() -> str:
             parts += [f"The keys of [{written[cls]}](#{written[cls]}), for the quantized model.\n"]
             continue
         written[cls] = section.name
-        about = first_sentence(cls.__doc__)
-        parts += [] if about.startswith("`") else [f"{about}.\n"]
+        parts += [f"{first_sentence(cls.__doc__)}.\n"]
         parts += [_table(("key", "type", "default", "meaning"), key_rows(section.name, cls)), ""]
     return "\n".join(parts).rstrip("\n") + "\n"
 
@@ -209,45 +186,14 @@ def key_rows(section: str, cls) -> list[tuple[str, ...]]:
     Raises:
         ValueError: a key of which nothing is said anywhere.
     """
-    keys = [field.name for field in dataclasses.fields(cls)]
-    said, defaults, rows = said_of_keys(cls.__doc__, keys), cls(), []
-    for key in keys:
-        text = said.get(key) or OWN_WORDS.get(key)
-        if (section, key) in ELSEWHERE:
-            thing, argument = ELSEWHERE[section, key]
-            text = said_of_arguments(inspect.getdoc(thing))[argument]
-        if not text:
+    said, defaults, rows = said_of_arguments(inspect.getdoc(cls)), cls(), []
+    for key in (field.name for field in dataclasses.fields(cls)):
+        if key not in said:
             raise ValueError(f"[{section}] {key}: its meaning is said nowhere. Say it in {cls}")
         value = getattr(defaults, key)
         kind = TYPES[type(value)]
-        rows.append(_cells(f"`{key}`", kind, f"`{_toml(value)}`", text))
+        rows.append(_cells(f"`{key}`", kind, f"`{_toml(value)}`", said[key]))
     return rows
-
-
-def said_of_keys(docstring: str, keys) -> dict[str, str]:
-    """Key to the clauses that begin with it and what follows them, or else to those that name it.
-
-    A clause ends at a full stop, a semicolon, a paragraph, and at a comma in front of another key.
-    """
-    key = rf"`(?:{'|'.join(keys)})`"
-    ends = rf"(\.(?:\s|$)|;\s|(?<!`),\s(?:and\s)?(?={key}(?::| (?:is|the|for)\b)))"
-    begun: dict[str, str] = {}
-    named: dict[str, list[str]] = {}
-    for paragraph in docstring.split("\n\n"):
-        pieces = re.split(ends, " ".join(paragraph.split()))
-        heads: list[str] = []
-        end = ""
-        for clause, next_end in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
-            head = re.match(rf"{key}(?:, {key})*", clause)
-            if head:
-                heads = re.findall(r"\w+", head[0])
-                begun |= dict.fromkeys(heads, re.sub(rf"^{head[0]}: ", "", clause))
-            elif not re.search(key, clause) and clause:
-                begun |= {name: f"{begun[name]}{end}{clause}" for name in heads}
-            for name in re.findall(key, clause):
-                named.setdefault(name.strip("`"), []).append(clause)
-            end = next_end
-    return {name: begun.get(name) or "; ".join(named.get(name, [])) for name in keys}
 
 
 def _toml(value) -> str:
