@@ -9,8 +9,8 @@ tables, between marks, from `zoo/*/metrics.json`; no figure in them is typed by 
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import textwrap
 from pathlib import Path
 
@@ -256,8 +256,12 @@ TABLES = {"README.md": headline, "docs/exactness.md": agreements}
 
 
 def main():
-    for folder in sys.argv[1:]:
-        keep(Path(folder))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_FOLDER", help="kept, then shown")
+    for folder in parser.parse_args().runs:
+        if not (folder / "metrics.json").is_file():
+            parser.error(f"{folder} has no metrics.json: is it a folder of keras-lowbit train?")
+        keep(folder)
     (ROOT / "docs" / "results.md").write_text(page())
     for name, text in TABLES.items():
         (ROOT / name).write_text(put(ROOT / name, text()))
