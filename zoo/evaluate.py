@@ -12,6 +12,7 @@ import numpy as np
 import tflite_export
 from keras_lowbit import data, zoo
 from keras_lowbit.cli import measure
+from keras_lowbit.cli.pixels import Intake
 from tflite_export import runtime
 
 
@@ -28,7 +29,8 @@ def main():
     x, y = np.asarray(dataset.x_test[:count]), np.asarray(dataset.y_test[:count])
     content = tflite_export.convert(zoo.load(entry.name), weights=arguments.weights).content
     print(entry)
-    answers = measure.file_answers(runtime.Session(content), x)
+    intake = Intake.of_file(content)
+    answers = measure.file_answers(runtime.Session(content), x, intake=intake)
     print(f"{arguments.weights} file: {measure.shown(measure.score(answers, y))}")
 
 

@@ -55,7 +55,7 @@ def _without_xla(model):
 
 
 def file_answers(
-    session: runtime.Session, x, what: str = "run the file", *, intake: Intake | None = None
+    session: runtime.Session, x, what: str = "run the file", *, intake: Intake
 ) -> np.ndarray:
     """Class with the largest output of a `.tflite`, for each image, by running the file.
 
@@ -63,7 +63,7 @@ def file_answers(
         session: of the file.
         x: images, which may be read on demand.
         what: shown meanwhile.
-        intake: `Intake.of_file`; without it an integer input is one of pixels.
+        intake: `Intake.of_file`.
 
     Raises:
         ValueError: several inputs or outputs, one output value only, images of another size or
@@ -74,13 +74,11 @@ def file_answers(
             f"Accuracy needs one input and one output. The file has {list(session.inputs)} and "
             f"{list(session.outputs)}"
         )
-    ((name, dtype),) = session.inputs.items()
+    (name,) = session.inputs
     batch, *shape = _input_shape(session)
     if tuple(shape) != tuple(x.shape[1:]):
         given, wanted = ("x".join(map(str, s)) for s in (x.shape[1:], shape))
         raise ValueError(f"The images have {given} pixels; the file takes {wanted}")
-    if intake is None:
-        intake = Intake(dtype, None if dtype.kind == "f" else 1.0)
     fit = intake.reader(np.asarray(x[: _fitting(x)]))
     answers = []
     for part in _parts(x, max(1, min(500, _fitting(x)) // batch) * batch, what):

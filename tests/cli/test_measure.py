@@ -7,6 +7,7 @@ import pytest
 import tflite_export
 from keras_lowbit import data
 from keras_lowbit.cli import measure
+from keras_lowbit.cli.pixels import Intake
 from tflite_export import runtime
 
 
@@ -90,8 +91,8 @@ def test_a_file_gives_the_same_answers_for_every_input_type_and_batch(made, inpu
     x = data.load("digits").x_test[:33]
 
     def answers(**options):
-        session = runtime.Session(tflite_export.convert(model, **options).content)
-        return measure.file_answers(session, x)
+        content = tflite_export.convert(model, **options).content
+        return measure.file_answers(runtime.Session(content), x, intake=Intake.of_file(content))
 
     wanted = answers()
     np.testing.assert_array_equal(answers(input_type=input_type, batch=batch), wanted)
@@ -100,6 +101,7 @@ def test_a_file_gives_the_same_answers_for_every_input_type_and_batch(made, inpu
 
 @pytest.mark.runtime
 def test_images_of_another_size_are_refused(made):
-    session = runtime.Session((made / "w4a4.tflite").read_bytes())
+    content = (made / "w4a4.tflite").read_bytes()
+    session, images = runtime.Session(content), np.zeros((2, 9, 9, 1), "uint8")
     with pytest.raises(ValueError, match="The images have 9x9x1 pixels; the file takes 8x8x1"):
-        measure.file_answers(session, np.zeros((2, 9, 9, 1), "uint8"))
+        measure.file_answers(session, images, intake=Intake.of_file(content))
