@@ -234,7 +234,23 @@ def agreements() -> str:
     text = f"{len(rows)} models, from {low:.2%} to {high:.2%} of the images."
     if seldom:
         text += f" Under {SELDOM:.1%}: {', '.join(seldom)}."
-    return f"{textwrap.fill(text, 100)}\n\n{table('', columns, rows).strip()}"
+    noise = json.loads((KEPT / "float_noise.json").read_text())
+    parts = (text, table("", columns, rows).strip(), growth(noise))
+    return "\n\n".join((textwrap.fill(parts[0], 100), parts[1], textwrap.fill(parts[2], 100)))
+
+
+def growth(noise) -> str:
+    """How differences begin and grow: of a log of `float_noise.py`, a paragraph."""
+    layers = noise["layers"]
+    first = next(row for row in layers if row["wrong"])
+    worst = max(layers, key=lambda row: row["wrong"] / row["compared"])
+    middle = next(r for r in layers if r["wrong"] / r["compared"] > 0.01)
+    shown = (f"{r['wrong'] / r['compared']:.1%} behind `{r['layer']}`" for r in (middle, worst))
+    return (
+        f"Layer by layer (`python tests/benchmarks/float_noise.py {noise['model']}`, "
+        f"{noise['images']} images): {first['wrong']} of {first['compared']:,} codes differ behind "
+        f"`{first['layer']}`, {', '.join(shown)}."
+    )
 
 
 def put(path: Path, text: str) -> str:
