@@ -14,9 +14,9 @@ from keras_lowbit.numerics.grid import MAGNITUDE_BITS, check_bits
 
 _SHORT = re.compile(r"w(?P<kernel>\d+|t)a(?P<activation>\d+)")
 TERNARY, TERNARY_BITS = "ternary", 2
-_SIGN = "sign"
+SIGN = "sign"
 FLOAT = "float"
-BINARY_ACTIVATIONS = ("heaviside", _SIGN)
+BINARY_ACTIVATIONS = ("heaviside", SIGN)
 # Quantizers of few levels; layers that keep 8 bits beside them take this one.
 _LEVELS = "levels"
 _FEW_LEVELS, _BESIDE = (TERNARY, _LEVELS), "lsq"
@@ -140,14 +140,14 @@ class Scheme:
                 f"Scheme: binary_activation must be one of {BINARY_ACTIVATIONS}. "
                 f"Got {self.binary_activation!r}"
             )
-        if self.activation == _SIGN:
+        if self.activation == SIGN:
             raise ValueError(
                 "Scheme: signs are for 1-bit activations only, and the ends and sums of a model "
                 "have 8 bits. Leave activation out, and give activation_bits=1 and "
                 "binary_activation='sign'"
             )
         named = [Widths.parse(w).activation_bits for w in self.exceptions.values() if w is not None]
-        if self.binary_activation == _SIGN and 1 not in (self.activation_bits, *named):
+        if self.binary_activation == SIGN and 1 not in (self.activation_bits, *named):
             raise ValueError(
                 "Scheme: binary_activation='sign' needs activations of 1 bit. Got "
                 f"activation_bits={self.activation_bits}; take 'w1a1', or leave it out"
@@ -210,8 +210,8 @@ class Scheme:
 
     def activation_of(self, bits: int) -> tuple[str, Mapping[str, Any]]:
         """Name and options of the quantizer of activations at `bits`."""
-        if bits == 1 and self.binary_activation == _SIGN:
-            return _SIGN, {}
+        if bits == 1 and self.binary_activation == SIGN:
+            return SIGN, {}
         return self.activation, self.activation_options
 
     def unused_exceptions(self, layer_names) -> list[str]:

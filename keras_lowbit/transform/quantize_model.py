@@ -21,7 +21,7 @@ from keras_lowbit.kinds import (
     kind_of,
 )
 from keras_lowbit.named_outputs import model_of
-from keras_lowbit.scheme import Scheme
+from keras_lowbit.scheme import SIGN, Scheme
 from keras_lowbit.transform.composed import activated, joined
 from keras_lowbit.transform.copies import (
     config_of,
@@ -34,7 +34,7 @@ from keras_lowbit.transform.image_grids import ImageGrids
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
 from keras_lowbit.transform.layer_maker import LayerMaker
 from keras_lowbit.transform.plan import STREAM_BITS, Plan
-from keras_lowbit.transform.tensors import SIGN, Entry, Tensors
+from keras_lowbit.transform.tensors import Entry, Tensors
 
 # Layers of what takes two tensors at a time.
 _OF_TWO = {"add": keras.layers.Add, "multiply": keras.layers.Multiply}

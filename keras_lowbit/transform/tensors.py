@@ -10,9 +10,9 @@ from typing import Any
 
 from keras_lowbit import layers, quantizers
 from keras_lowbit.kinds import kind_of
+from keras_lowbit.scheme import SIGN
 from keras_lowbit.transform.plan import STREAM_BITS
 
-SIGN = "sign"
 # Quantizers of activations that know of a ReLU6 in front.
 _TAKE_A_LIMIT = ("lsq", "channel_balanced")
 
