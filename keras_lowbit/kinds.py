@@ -90,6 +90,8 @@ _OPERATIONS = {
     "GetItem": "slice",
     "Transpose": "transpose",
     "Reshape": "reshape",
+    "ExpandDims": "reshape",
+    "Squeeze": "reshape",
 }
 
 # `keras.ops` calls that with one tensor and constants are a Rescaling: (gain, shift) of the tensor
@@ -100,6 +102,7 @@ _ARITHMETIC = {
     "Multiply": (lambda c: (c, 0.0), lambda c: (c, 0.0)),
     "TrueDivide": (lambda c: (1.0 / c, 0.0), None),
     "Divide": (lambda c: (1.0 / c, 0.0), None),
+    "Negative": (lambda c: (-1.0, 0.0), None),  # the one that takes no constant
 }
 
 # The activations that have an integer form, for sentences.
@@ -132,9 +135,16 @@ REWRITES = {
     "PReLU": "LeakyReLU or ReLU",
     "SpatialDropout1D": "Dropout",
 }
+# The same where a constant stands among the tensors.
+_ARGUMENTS = {
+    "Add": "x + constant, a number or one a channel,",
+    "Multiply": "x * constant, a number or one a channel,",
+    "Concatenate": "Concatenate of tensors of the model alone",
+}
 # The same for calls of `keras.ops`.
 CALL_REWRITES = {
     "Clip": "keras.layers.ReLU(n), for a clip to 0..n,",
+    "Maximum": "keras.layers.ReLU(), for a maximum with 0,",
     "Split": "a slice for each part, such as x[..., :n],",
 }
 
@@ -155,6 +165,8 @@ _FUNCTIONS = {
     if inspect.isfunction(getattr(keras.activations, name)) and hasattr(module, name)
 }
 
+# What joins tensors.
+_OF_SEVERAL = ("Add", "Multiply", "Concatenate")
 # Calls that move codes about and leave their grid alone.
 TRANSPARENT = frozenset(
     {
@@ -167,14 +179,29 @@ TRANSPARENT = frozenset(
 def kind_of(call: Call) -> str | None:
     """The kind of a call, or `None` for one that quantization does not know."""
     operation = call.operation
-    if isinstance(operation, K.Layer):
-        return _LAYERS.get(type(operation))
     name = type(operation).__name__
+    if isinstance(operation, K.Layer):
+        kind = _LAYERS.get(type(operation))
+        known = kind != "rescaling" or scaling_of(call) is not None
+        return kind if known and not (kind and reads_more(call)) else None
     if name == "Pad" and padding_value(call):
         return "filled_pad"
     if name in _ARITHMETIC and len(call.inputs) == 1:
         return None if scaling_of(call) is None else "rescaling"
+    if name == "Concatenate" and reads_more(call):
+        return None
     return _OPERATIONS.get(name)
+
+
+def reads_more(call: Call) -> bool:
+    """Whether a call reads more than the tensors of its kind: constants among them, or a mask."""
+    name = type(call.operation).__name__
+    if type(call.operation) is not getattr(K, name, None) and name != "Concatenate":
+        return False  # attributes say the rest
+    named = {key: value for key, value in call.kwargs.items() if key != "training"}
+    leaves = keras.tree.flatten((call.args, named))
+    constants = any(leaf is not None and not isinstance(leaf, Ref) for leaf in leaves)
+    return constants or (name not in _OF_SEVERAL and len(call.inputs) != 1)
 
 
 def walk_back(producers: Mapping[int, Call], ref: Ref, kinds) -> Call | None:
@@ -199,6 +226,8 @@ def rewrite_of(call: Call) -> str | None:
     """What to write in place of a call that has no integer form; `None` where nothing is known."""
     kind = type(call.operation)
     if kind is getattr(K, kind.__name__, None):
+        if kind in _LAYERS and reads_more(call):
+            return _ARGUMENTS.get(kind.__name__, f"{kind.__name__} with one tensor and no mask")
         return REWRITES.get(kind.__name__)
     if isinstance(call.operation, K.Layer):
         return None
@@ -237,7 +266,8 @@ def scaling_of(call: Call) -> tuple[np.ndarray, np.ndarray] | None:
     else:
         operands = (*call.args, *dict(call.kwargs).values())[:2]
         first = isinstance(operands[0], Ref)
-        constant = _constant(operands[1] if first else operands[0])
+        one = type(operation).__name__ == "Negative"
+        constant = 1.0 if one else _constant(operands[1] if first else operands[0])
         form = _ARITHMETIC[type(operation).__name__][0 if first else 1]
         if constant is None or form is None:
             return None
@@ -245,10 +275,11 @@ def scaling_of(call: Call) -> tuple[np.ndarray, np.ndarray] | None:
             found = form(constant)
     channels = call.inputs[0].shape[-1]
     arrays = [np.asarray(x, np.float64) for x in found]
-    if any(
-        x.size not in (1, channels) or x.shape[-1:] not in ((), (1,), (x.size,)) for x in arrays
-    ):
+    # By shape: a constant for each row has as many numbers where there are as many rows.
+    if any(x.size != 1 and (x.shape[-1], x.size) != (channels, channels) for x in arrays):
         return None
+    if len(call.output.shape) != len(call.inputs[0].shape):
+        return None  # a constant of more axes
     return tuple(x.reshape(() if x.size == 1 else (channels,)) for x in arrays)
 
 

@@ -142,6 +142,11 @@ def global_average_pool(lowering, call):
 def global_max_pool(lowering, call):
     """The largest code over height and width."""
     value = lowering.read(call)
+    if getattr(call.operation, "initial", None) is not None:
+        raise NotExportable(
+            f"{call.name}: a maximum with initial={call.operation.initial} has no integer form. "
+            "Leave initial out"
+        )
     pool, shape = _whole_window(call, value, "maximum")
     attributes = {"pool": pool, "strides": (1, 1), "padding": "VALID"}
     most = Moved(ir.MaxPool2D, (value,), attributes, shape, call.name)
@@ -156,7 +161,7 @@ def _whole_window(call, value, what):
     _check_layout(call)
     axis = getattr(call.operation, "axis", (1, 2))
     axes = () if axis is None else tuple(a % 4 for a in np.atleast_1d(axis))
-    if len(value.shape) != 4 or axes != (1, 2):
+    if len(value.shape) != 4 or sorted(axes) != [1, 2]:
         pool = {"mean": "GlobalAveragePooling2D", "maximum": "GlobalMaxPooling2D"}[what]
         raise NotExportable(
             f"{call.name}: only a {what} over height and width is supported, that of {pool}. "
@@ -264,6 +269,11 @@ def _slice_of(call, shape):
     found = [p.indices(n) for p, n in zip(parts, shape, strict=True)] if plain else []
     steps = tuple(step for _, _, step in found)
     if not plain or not _is_whole(parts[0]) or (max(steps) > 1 and not _is_strided(steps)):
+        if any(isinstance(p, (int, np.integer)) for p in parts):
+            raise NotExportable(
+                f"{call.name}: an index takes an axis away. Got {_as_written(call)}; write a slice "
+                "of one, such as x[:, 0:1], and Reshape behind it"
+            )
         raise NotExportable(
             f"{call.name}: only slices that step forward, x[:, a:b:s, c:d:t, e:f], have an integer "
             f"form. Got {_as_written(call)}; turn and reorder images before the model; means and "

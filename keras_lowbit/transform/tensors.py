@@ -118,7 +118,7 @@ class Tensors:
         if (
             whole
             or self.plan.makes_probabilities(ref)
-            or not any(kind_of(c) == "product" for c in self.plan.ancestors(ref))
+            or not (self.on_grid(ref) or any(map(_is_product, self.plan.ancestors(ref))))
         ):
             return self.values(ref)
         return self.logits(ref)
@@ -153,3 +153,7 @@ class Tensors:
     def _name(self, ref):
         call = self.plan.producers.get(ref.index)
         return self.plan.program.input_name(ref) if call is None else call.name
+
+
+def _is_product(call):
+    return kind_of(call) == "product"

@@ -237,7 +237,7 @@ def test_images_are_cropped_and_turned_on_their_way_in():
 @pytest.mark.parametrize(
     ("move", "said"),
     [
-        (lambda x: x[:, 1], r"only slices that step forward.* Got x\[:, 1\]"),
+        (lambda x: x[:, 1], r"takes an axis away. Got x\[:, 1\]"),
         (lambda x: x[..., ::2], r"only slices that step forward.* Got x\[\.\.\., ::2\]"),
         (lambda x: ops.transpose(x, (3, 1, 2, 0)), "the first axis counts images"),
     ],
