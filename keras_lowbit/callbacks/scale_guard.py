@@ -11,8 +11,6 @@ from keras_lowbit.optimizers import unwrapped
 from keras_lowbit.quantizers.sites import layers_of, sites_of
 from keras_lowbit.quantizers.state import PositiveScale
 
-# `AdamW` is one of Adam's.
-_ADAPTIVE = (keras.optimizers.Adam, keras.optimizers.Lion, keras.optimizers.RMSprop)
 # A scale below this share of its start has nothing left to say.
 VANISHED = 1e-7
 
@@ -130,13 +128,14 @@ class ScaleGuard(keras.callbacks.Callback):
         )
 
     def _advice(self):
-        # Its steps are of the rate's size whatever the gradient: clipping changes nothing.
-        if not isinstance(unwrapped(getattr(self.model, "optimizer", None)), _ADAPTIVE):
+        optimizer = unwrapped(getattr(self.model, "optimizer", None))
+        if optimizer is None or isinstance(optimizer, keras.optimizers.SGD):
             return ""
+        # Steps of the others do not shrink with the gradient: clipping changes nothing.
         return (
-            ". Adam and its like move a scale by the learning rate a step, however small it is: "
-            "give scales a rate of their own, RatedAdam(rate, rates=quantizer_rates(model, 0.01)), "
-            "or train with SGD"
+            f". {type(optimizer).__name__}, unlike SGD, moves a scale by about the learning rate a "
+            "step, however small it is: give scales a rate of their own, RatedAdam(rate, "
+            "rates=quantizer_rates(model, 0.01)), or train with SGD"
         )
 
 

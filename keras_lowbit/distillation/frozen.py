@@ -14,9 +14,38 @@ class Distiller(keras.distillation.Distiller):
 
     with `w = student_loss_weight`. Keras' own leaves the last sum out, so penalties that train
     quantizers or kernels (`ChannelBalanced`, `PACT`, `attach_cosine`, `attach_dampening`, weight
-    regularizers) would do nothing. Arguments, `compile` and errors are those of Keras. Sample
+    regularizers) would do nothing. A saved one goes on where it was, compiled and with its
+    optimizer's state, which Keras' own does not. Arguments and errors are those of Keras. Sample
     weights are not used, as there: `MutualDistiller(frozen_teacher=True)` minds them.
     """
+
+    def compile(self, optimizer="adam", loss=None, metrics=None, **kwargs):
+        """As Keras' `compile`; `loss` is CE above, of the student's outputs.
+
+        Args:
+            optimizer: for the student.
+            loss: a loss, its name, or a structure of them like the student's outputs.
+            metrics: of the student's outputs.
+            **kwargs: those of `keras.Model.compile`.
+
+        Raises:
+            ValueError: no loss.
+        """
+        super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
+        self.task_loss = loss
+
+    def get_compile_config(self):
+        """Arguments of `compile`; the loss among them, which Keras' own loses."""
+        config = super().get_compile_config()
+        return config and {
+            **config,
+            "loss": keras.saving.serialize_keras_object(self.task_loss),
+        }
+
+    def compile_from_config(self, config):
+        """The reverse; variables of the optimizer are made, so that a file can fill them."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
 
     def _assert_same_dtype(self, teacher_dtype, student_dtype, context):
         # Under mixed precision a float teacher ends in halves, a quantized student in float32.

@@ -81,6 +81,26 @@ def penalties(model, x):
     return model.losses
 
 
+@pytest.mark.parametrize("task_loss", [loss(), "sparse_categorical_crossentropy"])
+def test_a_distiller_saves_amid_training_and_goes_on(tmp_path, task_loss):
+    x, y = tiny.images(16)
+    teacher, student = tiny.float_model(), calibrate(quantize_model(tiny.float_model(), "w4a4"), x)
+    model = distiller(student, 0.5, teacher)
+    options = {"loss": task_loss, "metrics": ["accuracy"], "jit_compile": False}
+    model.compile(keras.optimizers.SGD(0.05, momentum=0.9), **options)
+    model.fit(x, y, batch_size=4, epochs=1, shuffle=False, verbose=0)
+    model.save(tmp_path / "amid.keras")
+    loaded = keras.models.load_model(tmp_path / "amid.keras")
+    # The same sums in the same order.
+    assert loaded.evaluate(x, y, verbose=0) == pytest.approx(model.evaluate(x, y, verbose=0))
+    for one in (model, loaded):
+        one.fit(x, y, batch_size=4, epochs=1, shuffle=False, verbose=0)
+    for a, b in zip(model.student.get_weights(), loaded.student.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)  # float32, summed by another graph
+    for a, b in zip(model.optimizer.variables, loaded.optimizer.variables, strict=True):
+        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (a, b)), atol=1e-6)
+
+
 def test_a_mutual_distiller_saves_amid_training_and_loads(tmp_path):
     x, _ = tiny.images()
     student = calibrate(quantize_model(tiny.float_model(), "w4a4"), x)

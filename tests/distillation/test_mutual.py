@@ -92,6 +92,20 @@ def test_hints_put_the_float_map_on_the_grid_and_train_only_it():
     assert to_scale == 0
 
 
+def test_hints_behind_a_switched_off_quantizer_let_everything_pass():
+    """Codes 0..3 of scale 1, the scale of reals, would cut the gradient of -2 and 9."""
+    quantizer = quantizers.LSQ(2, signed=False, role="activation")
+    quantizer.build((None, 3))
+    quantizer.add_switch()
+    x = np.float32([[-2.0, 0.2, 9.0]])
+    for enabled, wanted in ((True, [[0, 1, 0]]), (False, [[1, 1, 1]])):
+        quantizer.set_enabled(enabled)
+        (to_x,) = gradient(lambda t: ops.sum(on_grid_of(quantizer, t)), x)
+        np.testing.assert_array_equal(to_x, wanted)
+    got = ops.convert_to_numpy(on_grid_of(quantizer, ops.convert_to_tensor(x)))
+    np.testing.assert_array_equal(got, x)
+
+
 def test_a_quantizer_learns_nothing_of_the_float_nets_map():
     x = np.random.default_rng(0).normal(size=(6, 3)).astype("float32")
     balanced = quantizers.ChannelBalanced(4)
