@@ -144,7 +144,8 @@ COMMANDS = {
             "FILE",
             "accuracy of a .keras (float, quantized, frozen) or a .tflite on test images",
             "Prints right answers and accuracy with its 95 % interval. A .tflite is run as it is. "
-            "Pixels 0..255 become what the input was made for; reals of another range are refused.",
+            "Pixels 0..255 become what the input was made for; reals of another range are refused, "
+            "except by float models, which know no range.",
             _evaluate,
             ("keras-lowbit evaluate w8a8.tflite --data cifar10.npz",),
         ),

@@ -31,8 +31,12 @@ def main():
     parser.add_argument("images", type=Path)
     parser.add_argument("out", type=Path)
     given = parser.parse_args()
-    with np.load(given.images) as stored:
-        np.savez(given.out, **split(stored["x"], stored["y"]))
+    try:
+        with np.load(given.images) as stored:
+            x, y = stored["x"], stored["y"]
+    except (OSError, KeyError, ValueError) as error:
+        parser.error(f"{given.images} is no .npz with x and y: {error}")
+    np.savez(given.out, **split(x, y))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from keras_lowbit.cli import files
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # What is there while the second model is trained; sections of a recipe that make the first.
 _BEGUN = ("backup_model", "blocks")
 _OF_FLOAT = ("data", "model", "pretrain")
+_LOOKED_AT = 16  # images of each part of a data set
+
+
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made; the end of the process lets them in.
+
+    Where the system or the disk has no locks, nothing is kept out.
+
+    Raises:
+        ValueError: another run is there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = out / ".lock"
+    with lock.open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"Another run is at work in {out}. Wait for its end, or give another --out"
+                ) from None
+            except OSError:
+                pass  # no locks on this disk
+        yield
+    lock.unlink(missing_ok=True)  # that of a killed run stays, and locks nothing
+
+
+def contents(recipe, dataset) -> dict[str, str]:
+    """What lies behind the names in a recipe: a digest of each.
+
+    Of images it is of their number and size, of all labels and of 16 images of each part, spread
+    over it; of files it is of all bytes.
+
+    Args:
+        recipe: `recipe.Recipe`.
+        dataset: `data.Dataset`.
+    """
+    found = {"data": _digest(_of_images(dataset))}
+    named = {
+        "architecture": recipe.model.architecture,
+        "weights": recipe.model.weights,
+        "teacher": recipe.train.teacher,
+    }
+    for key, name in named.items():
+        path = Path(name).expanduser()
+        if name and path.is_file():
+            found[key] = _digest([path.read_bytes()])
+    return found
+
+
+def _of_images(dataset):
+    for x, y in ((dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)):
+        yield repr((tuple(x.shape), str(x.dtype))).encode()
+        yield np.ascontiguousarray(y).tobytes()
+        for place in np.linspace(0, len(x) - 1, min(len(x), _LOOKED_AT)).astype(int):
+            yield np.ascontiguousarray(x[place : place + 1]).tobytes()
+
+
+def _digest(parts):
+    made = hashlib.sha256()
+    for part in parts:
+        made.update(part)
+    return made.hexdigest()[:16]
 
 
 class Stages:
@@ -29,7 +102,7 @@ class Stages:
             self.found["job"] = job
         if self.found["job"] != job:
             raise ValueError(
-                f"{out} holds results of another recipe or backend "
+                f"{out} holds results of another recipe, backend, data or weights "
                 f"({_difference(self.found['job'], job)}). Give another --out, or remove it"
             )
 
@@ -67,7 +140,9 @@ def _of_float(job):
     if not isinstance(recipe, dict):
         return job
     sections = {name: recipe.get(name) for name in _OF_FLOAT}
-    return {**job, "recipe": {**sections, "seed": (recipe.get("train") or {}).get("seed")}}
+    behind = {k: v for k, v in (job.get("contents") or {}).items() if k != "teacher"}
+    seed = (recipe.get("train") or {}).get("seed")
+    return {**job, "contents": behind, "recipe": {**sections, "seed": seed}}
 
 
 def _difference(old, new, prefix=""):

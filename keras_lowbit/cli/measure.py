@@ -190,7 +190,9 @@ def wilson(right: int, n: int, z: float = Z95) -> list[float]:
     p, square = right / n, z * z / n
     middle = p + square / 2
     half = z * math.sqrt(p * (1 - p) / n + square / (4 * n))
-    return [(middle - half) / (1 + square), (middle + half) / (1 + square)]
+    # 0 and 1 themselves come out a rounding error beyond.
+    ends = ((middle - half) / (1 + square), (middle + half) / (1 + square))
+    return [min(max(0.0, end), 1.0) for end in ends]
 
 
 def shown(scored: dict) -> str:

@@ -327,7 +327,8 @@ def changed(recipe: Recipe, *, epochs=None, seed=None, xla=None, data=None, weig
         if value is not None:
             part = dataclasses.replace(getattr(recipe, section), **{key: value})
             recipe = dataclasses.replace(recipe, **{section: part})
-    return checked(recipe, recipe.name)
+    told = [f"--{name} {v}" for name, v in (("epochs", epochs), ("seed", seed)) if v is not None]
+    return checked(recipe, " ".join([recipe.name, *told]))
 
 
 def without_folders(metrics: dict) -> dict:

@@ -14,9 +14,8 @@ import numpy as np
 
 import tflite_export
 from keras_lowbit import data as datasets
-from keras_lowbit.cli import files, measure, preflight
+from keras_lowbit.cli import files, ledger, measure, preflight
 from keras_lowbit.cli.fitting import fit, read_history
-from keras_lowbit.cli.ledger import Stages
 from keras_lowbit.cli.making import float_model, folded, quantized
 from keras_lowbit.cli.pixels import Intake
 from keras_lowbit.cli.preflight import of_section
@@ -58,7 +57,7 @@ def run_recipe(
 
     Raises:
         ValueError: whatever the recipe, the data or the weights have wrong; `out` holds the
-            results of another recipe.
+            results of another recipe, of other images or weights, or another run is at work there.
         OSError: the disk is full.
     """
     out = Path(out)
@@ -78,7 +77,6 @@ def run_recipe(
         )
     settings = dataclasses.asdict(recipe)
     settings["export"]["weights"] = list(settings["export"]["weights"])
-    job = {"recipe": settings, "backend": keras.backend.backend(), "tune": tune}
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; results need a folder")
     keras.utils.set_random_seed(recipe.train.seed)
@@ -94,20 +92,22 @@ def run_recipe(
     named = recipe.train.teacher
     with of_section(recipe, "train"):
         teacher = files.build_teacher(named, model) if named else None
-    stages = Stages(out, job)
-    if "model" not in stages.found["done"]:
+    job = {"recipe": settings, "backend": keras.backend.backend(), "tune": tune}
+    job["contents"] = ledger.contents(recipe, dataset)
+    if "model" not in ledger.Stages(out, job).found["done"]:
         preflight.check(recipe, chosen, model)
-    out.mkdir(parents=True, exist_ok=True)
-    return _Run(recipe, out, stages, chosen, resume, verbose, teacher).finish(
-        model, chosen if tune else dataset
-    )
+    with ledger.alone_in(out):
+        stages = ledger.Stages(out, job)
+        return _Run(recipe, out, stages, chosen, resume, verbose, teacher).finish(
+            model, chosen if tune else dataset
+        )
 
 
 @dataclasses.dataclass
 class _Run:
     recipe: Recipe
     out: Path
-    stages: Stages
+    stages: ledger.Stages
     chosen: datasets.Dataset
     resume: bool
     verbose: int

@@ -88,6 +88,16 @@ def test_export_with_wrong_codes_fails_and_writes_nothing(run, made, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_container_that_rounds_otherwise_is_written_with_its_count(
+    run, made, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tflite_export.ExportResult, "mismatches", 7)
+    out = tmp_path / "m.tflite"
+    outcome = run("export", made / "w4a4.keras", "--out", out, "--weights", "int4_all")
+    assert (outcome.code, out.is_file()) == (0, True)
+    assert "7 codes differ: the kernels of int4_all round otherwise" in outcome.out
+
+
 def test_check_finds_nothing_against_a_plain_model(run, made):
     outcome = run("check", made / "float.keras", "--target", "builtin")
     assert (outcome.code, outcome.out.splitlines()) == (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keras_lowbit.cli import files
-from keras_lowbit.cli.ledger import Stages
+from keras_lowbit.cli.ledger import Stages, alone_in
 
 pytestmark = pytest.mark.runtime
 
@@ -88,3 +88,52 @@ def test_what_a_mended_recipe_would_lose_or_mistake_is_refused(run, recipe, tmp_
         mended = recipe(pretrain={"epochs": 2, "xla": "off"}, train={"epochs": 1})
     outcome = run("train", mended, "--out", folder)
     assert (outcome.code, "results of another recipe" in outcome.err) == (2, True)
+
+
+@pytest.fixture
+def own_data(made, tmp_path):
+    """A copy of the digits; `own_data(part=change)` writes it again with a part changed."""
+    path = tmp_path / "own.npz"
+
+    def write(**changes):
+        with np.load(made / "digits.npz") as stored:
+            parts = dict(stored)
+        for name, change in changes.items():
+            change(parts[name])
+        np.savez(path, **parts)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("part", ["x_train", "y_train", "x_test", "y_test"])
+def test_results_of_other_data_of_the_same_name_are_refused(run, recipe, own_data, tmp_path, part):
+    path = recipe(data={"name": str(own_data())}, train={"epochs": 0})
+    assert run("train", path, "--out", tmp_path / "out").code == 0
+    assert run("train", path, "--out", tmp_path / "out").code == 0
+
+    def other(array):
+        array[-1] = (array[-1] + 1) % 10
+
+    own_data(**{part: other})
+    said = run("train", path, "--out", tmp_path / "out").error
+    assert "holds results of another recipe, backend, data or weights (contents.data: " in said
+
+
+def test_results_of_other_weights_of_the_same_name_are_refused(run, recipe, made, tmp_path):
+    source = tmp_path / "net.keras"
+    shutil.copy(made / "float.keras", source)
+    path = recipe(model={"architecture": str(source)}, train={"epochs": 0})
+    assert run("train", path, "--out", tmp_path / "out").code == 0
+    model = files.load_model(source)
+    model.layers[-1].bias.assign_add(np.ones(10))
+    model.save(source)
+    assert "(contents.architecture: " in run("train", path, "--out", tmp_path / "out").error
+
+
+def test_a_folder_in_which_a_run_is_at_work_is_refused(run, recipe, tmp_path):
+    pytest.importorskip("fcntl")
+    path, out = recipe(train={"epochs": 0}), tmp_path / "out"
+    with alone_in(out):
+        assert f"Another run is at work in {out}" in run("train", path, "--out", out).error
+    assert run("train", path, "--out", out).code == 0

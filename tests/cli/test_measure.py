@@ -18,6 +18,10 @@ def test_wilson_interval_by_hand():
     assert (low, high) == pytest.approx((0.1464466, 0.8535534))
     # All right: the upper end is 1 and the lower one 1 / (1 + z^2 / n).
     assert measure.wilson(10, 10, z=2.0) == pytest.approx([1 / 1.4, 1.0])
+    for n in range(1, 60):
+        assert measure.wilson(0, n)[0] >= 0  # and no negative zero in a table
+        assert "-" not in measure.shown({"accuracy": 0.0, "interval": measure.wilson(0, n)})
+        assert measure.wilson(n, n)[1] <= 1
 
 
 def test_answers_of_a_keras_model_are_those_of_one_predict(backend):

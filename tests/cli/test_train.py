@@ -590,3 +590,14 @@ def test_what_callbacks_log_is_in_the_history(run, recipe, tmp_path):
     assert outcome.code == 0, outcome.err
     history = fitting.read_history(tmp_path / "out" / "history.csv")
     assert all(0 < row["ternary_cosine"] <= 1 for row in history)
+
+
+@pytest.mark.parametrize("flag", ["data", "weights", "out"])
+def test_a_flag_that_is_given_empty_is_told_so(run, recipe, flag):
+    assert run("train", recipe(), f"--{flag}=").error.startswith(f"--{flag} is empty")
+
+
+def test_what_a_flag_makes_of_a_recipe_is_refused_with_the_flag(run, recipe, tmp_path):
+    path = recipe(train={"epochs": 6, "bit_descent": {"0": 8, "4": 4}})
+    said = run("train", path, "--epochs", 2, "--out", tmp_path / "out").error
+    assert said == "tiny --epochs 2 [train]: bit_descent: '4' is no epoch of 0..1"
