@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keras_lowbit.checks import did_you_mean
-from keras_lowbit.numerics.grid import MAGNITUDE_BITS, check_bits
+from keras_lowbit.numerics.grid import MAGNITUDE_BITS, MAX_EXPORT_BITS, check_bits
 
 _SHORT = re.compile(r"w(?P<kernel>\d+|t)a(?P<activation>\d+)")
 TERNARY, TERNARY_BITS = "ternary", 2
@@ -45,8 +45,9 @@ class Widths:
         bits = check_bits(self.activation_bits, who="activation_bits")
         object.__setattr__(self, "activation_bits", bits)
         for name in ("kernel_bits", "activation_bits"):
-            if getattr(self, name) > 8:
-                raise ValueError(f"{name} must be from 1 to 8. Got {getattr(self, name)}")
+            given = getattr(self, name)
+            if given > MAX_EXPORT_BITS:
+                raise ValueError(f"{name} must be from 1 to {MAX_EXPORT_BITS}. Got {given}")
 
     @classmethod
     def parse(cls, text: str) -> Widths:

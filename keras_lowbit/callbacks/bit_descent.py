@@ -10,10 +10,10 @@ import numpy as np
 from keras import ops
 
 from keras_lowbit.checks import checked_count
+from keras_lowbit.numerics.grid import MAX_EXPORT_BITS
 from keras_lowbit.optimizers import averages, velocities
 from keras_lowbit.quantizers.sites import Site, sites_of
 
-MAX_BITS = 8
 _ROLES = {"weights": ("kernel",), "activations": ("activation",), "both": ("kernel", "activation")}
 
 
@@ -70,7 +70,7 @@ class BitDescent(keras.callbacks.Callback):
         super().set_model(model)
         chosen = [s for s in sites_of(model) if s.quantizer.role in _ROLES[self.targets]]
         pairs = [(s, s.quantizer.target_bits) for s in chosen if s.quantizer.moves_bits]
-        self._sites = [(site, target) for site, target in pairs if target < MAX_BITS]
+        self._sites = [(site, target) for site, target in pairs if target < MAX_EXPORT_BITS]
 
     def on_train_begin(self, logs=None):
         """Check the plan against the model and the number of epochs."""
@@ -78,8 +78,8 @@ class BitDescent(keras.callbacks.Callback):
         if not self._sites:
             raise ValueError(
                 f"BitDescent: {self.model.name} has no quantizer of {self.targets} below "
-                f"{MAX_BITS} bits, so nothing would descend. Quantize it at the scheme to end "
-                "with, such as quantize_model(model, 'w4a4')"
+                f"{MAX_EXPORT_BITS} bits, so nothing would descend. Quantize it at the scheme to "
+                "end with, such as quantize_model(model, 'w4a4')"
             )
         lowest, floor = min(self.plan.values()), min(target for _, target in self._sites)
         if lowest < floor:
@@ -149,8 +149,8 @@ def _checked_plan(plan) -> dict[int, int]:
     for epoch, bits in plan.items():
         epoch = checked_count(epoch, who="BitDescent: an epoch of the plan", least=0)
         checked[epoch] = checked_count(bits, who=f"BitDescent: bits at epoch {epoch}", least=1)
-        if bits > MAX_BITS:
+        if bits > MAX_EXPORT_BITS:
             raise ValueError(
-                f"BitDescent: bits at epoch {epoch} must be from 1 to {MAX_BITS}. Got {bits}"
+                f"BitDescent: bits at epoch {epoch} must be from 1 to {MAX_EXPORT_BITS}. Got {bits}"
             )
     return dict(sorted(checked.items()))

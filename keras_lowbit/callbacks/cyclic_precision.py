@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 
-from keras_lowbit.callbacks.bit_descent import MAX_BITS, BitDescent
+from keras_lowbit.callbacks.bit_descent import BitDescent
 from keras_lowbit.checks import checked_count
+from keras_lowbit.numerics.grid import MAX_EXPORT_BITS
 
 
 class CyclicPrecision(BitDescent):
@@ -55,9 +56,9 @@ class CyclicPrecision(BitDescent):
             checked_count(value, who=f"CyclicPrecision: {name}", least=1)
             for name, value in given.items()
         )
-        if not low < high <= MAX_BITS:
+        if not low < high <= MAX_EXPORT_BITS:
             raise ValueError(
-                f"CyclicPrecision: low must be below high, and high at most {MAX_BITS}. "
+                f"CyclicPrecision: low must be below high, and high at most {MAX_EXPORT_BITS}. "
                 f"Got low={low}, high={high}"
             )
         if epochs < 2 * cycles:

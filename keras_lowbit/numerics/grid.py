@@ -1,4 +1,4 @@
-"""The integer codes a tensor may take: the only place where bit arithmetic lives.
+"""The integer codes a tensor may take, by bits, sign and role.
 
 Inside the library codes are *centred*: `real = scale * code`, with 0.0 at code 0, whatever the
 zero point of the container. A grid of 8-bit activations may reach from any `lo <= 0` to `lo + 255`.
@@ -14,6 +14,8 @@ from keras import ops
 from keras_lowbit.numerics import backend
 
 MAX_BITS = 16
+# What files hold, and so the most that schemes, stages and callbacks ask for.
+MAX_EXPORT_BITS = 8
 # Of a magnitude that int8 holds beside its sign: 2^7 - 1 = 127.
 MAGNITUDE_BITS = 7
 ROLES = ("kernel", "activation")

@@ -9,14 +9,13 @@ from keras import ops
 from keras_lowbit.checks import checked_choice
 from keras_lowbit.numerics import uniform
 from keras_lowbit.numerics.arrays import float64_of
-from keras_lowbit.numerics.grid import check_bits
+from keras_lowbit.numerics.grid import MAX_EXPORT_BITS, check_bits
 from keras_lowbit.numerics.ranges import SMALLEST_SCALE
 from keras_lowbit.quantizers.base import Quantizer
 from keras_lowbit.quantizers.level_modes import MODES, SELECTOR_BITS
 from keras_lowbit.quantizers.lloyd import NOTHING, levels_of
 from keras_lowbit.quantizers.state import PACKAGE
 
-MOST_BITS = 8
 INITS = ("lloyd", "uniform")
 LARGEST_CODE = 127  # of the int8 grid that `snap` puts levels on
 
@@ -228,5 +227,5 @@ class Levels(Quantizer):
 
 def check_level_bits(bits) -> None:
     """`ValueError` unless `2^bits` is a number of levels that int8 holds, two at least."""
-    if check_bits(bits, who="Levels (2^bits levels, two at least)") > MOST_BITS:
-        raise ValueError(f"Levels: bits must be from 1 to {MOST_BITS}. Got {bits}")
+    if check_bits(bits, who="Levels (2^bits levels, two at least)") > MAX_EXPORT_BITS:
+        raise ValueError(f"Levels: bits must be from 1 to {MAX_EXPORT_BITS}. Got {bits}")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keras_lowbit.checks import checked_count
+from keras_lowbit.numerics.grid import MAX_EXPORT_BITS
 
-FLOAT = 32
-MAX_BITS = 8
+FLOAT_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,11 @@ def visits(plan: StagePlan, cycles: int, return_stage: Stage | None) -> tuple[Vi
 
 
 def _checked_bits(bits, field, name) -> int:
-    if bits is None or bits == FLOAT:
-        return FLOAT
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
+    if bits is None or bits == FLOAT_BITS:
+        return FLOAT_BITS
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_EXPORT_BITS:
         raise ValueError(
-            f"Stage {name}: {field} must be 1 to {MAX_BITS}, or {FLOAT} or None for float. "
-            f"Got {bits!r}"
+            f"Stage {name}: {field} must be 1 to {MAX_EXPORT_BITS}, or {FLOAT_BITS} or None for "
+            f"float. Got {bits!r}"
         )
     return bits

@@ -8,8 +8,9 @@ import fnmatch
 import keras
 
 from keras_lowbit.callbacks.switches import add_switches
+from keras_lowbit.numerics.grid import MAX_EXPORT_BITS
 from keras_lowbit.quantizers.sites import Site, layers_of, sites_of
-from keras_lowbit.training.plan import FLOAT, MAX_BITS, Stage
+from keras_lowbit.training.plan import FLOAT_BITS, Stage
 
 
 def prepare(model: keras.Model, stages) -> None:
@@ -41,7 +42,7 @@ def prepare(model: keras.Model, stages) -> None:
                 )
     for stage in stages:
         _frozen_parts(model, stage)
-    if any(FLOAT in stage.bits for stage in stages):
+    if any(FLOAT_BITS in stage.bits for stage in stages):
         add_switches(model, [site.quantizer for site in sites])
 
 
@@ -54,16 +55,16 @@ def set_bits(model: keras.Model, stage: Stage) -> None:
     for site in sites_of(model):
         quantizer = site.quantizer
         bits = stage.kernel_bits if quantizer.role == "kernel" else stage.activation_bits
-        if quantizer.enabled != (bits != FLOAT):
-            quantizer.set_enabled(bits != FLOAT)
-        if bits != FLOAT and _moves(site):
+        if quantizer.enabled != (bits != FLOAT_BITS):
+            quantizer.set_enabled(bits != FLOAT_BITS)
+        if bits != FLOAT_BITS and _moves(site):
             wanted = min(max(bits, quantizer.target_bits), quantizer.largest_bits)
             if quantizer.bits != wanted:
                 quantizer.set_bits(wanted)
 
 
 def _moves(site: Site) -> bool:
-    return site.quantizer.target_bits < MAX_BITS and site.quantizer.moves_bits
+    return site.quantizer.target_bits < MAX_EXPORT_BITS and site.quantizer.moves_bits
 
 
 @contextlib.contextmanager
