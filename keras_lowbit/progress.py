@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 # rich is imported where it is used: `import keras_lowbit` must stay cheap.
@@ -14,7 +14,7 @@ T = TypeVar("T")
 SILENT_SECONDS = 1.0
 
 
-def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+def track(iterable: Iterable[T], description: str, total: int | None = None) -> Generator[T]:
     """Yield the items of `iterable` and show how far the work is.
 
     On a terminal: a bar with count and ETA on stderr, gone when the work is done. Elsewhere

@@ -57,7 +57,8 @@ class Widths:
         match = _SHORT.fullmatch(text.strip().lower())
         if not match:
             known = [f"w{w}a{a}" for w in (8, 6, 4, 3, 2, 1, "t") for a in (8, 6, 4, 3, 2, 1)]
-            hint = did_you_mean(text.lower(), known)
+            # Where only one width is given, it is of both.
+            hint = did_you_mean(re.sub(r"^w(\d)$", r"w\1a\1", text.lower()), known)
             raise ValueError(
                 f"Unknown scheme {text!r}: expected w<bits>a<bits> with 1 to 8 bits, "
                 f"such as 'w4a8', or 'wta8' for ternary kernels.{hint}"

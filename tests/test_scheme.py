@@ -11,7 +11,9 @@ def test_a_short_name_gives_the_bits():
     assert scheme.ends_bits == 8
 
 
-@pytest.mark.parametrize(("given", "near"), [("w4b4", "w4a4"), ("w4 a8", "w4a8"), ("2a2", "w2a2")])
+@pytest.mark.parametrize(
+    ("given", "near"), [("w4b4", "w4a4"), ("w4 a8", "w4a8"), ("2a2", "w2a2"), ("w4", "w4a4")]
+)
 def test_an_unknown_name_gets_the_nearest(given, near):
     with pytest.raises(ValueError, match=f"Unknown scheme '{given}'.* Did you mean '{near}'"):
         Scheme.of(given)

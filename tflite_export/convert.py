@@ -320,7 +320,7 @@ def check(model: keras.Model, target: str = "android") -> list[str]:
         return [str(objection)]
     readers = program.readers()
     found = [
-        f"Input {name} is not read by any layer"
+        f"Input {name} is not read by any layer. Build the model without it"
         for name, ref in zip(program.input_names, program.inputs, strict=True)
         if ref.index not in readers
     ]

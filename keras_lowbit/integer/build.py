@@ -99,7 +99,9 @@ def _input_ends(lowering, input_type):
     heads, inputs = [], []
     for name in lowering.program.input_names:
         if name not in lowering.emitter.images:
-            raise NotExportable(f"Input {name} is not read by any quantized layer")
+            raise NotExportable(
+                f"Input {name} is not read by any quantized layer. Build the model without it"
+            )
         image, made = lowering.emitter.images[name]
         tensor = lowering.emitter.tensors[made.tensor]
         shift = image.offset / float(made.grid.scale)

@@ -479,7 +479,7 @@ def test_what_a_file_cannot_do_with_batches_is_named_before_training():
 def test_inputs_that_nothing_reads_are_named_before_training():
     inputs, extra = keras.Input((6, 6, 3), name="image"), keras.Input((4,), name="extra")
     model = keras.Model([inputs, extra], keras.layers.Conv2D(2, 1)(inputs))
-    assert check(model) == ["Input extra is not read by any layer"]
+    assert check(model) == ["Input extra is not read by any layer. Build the model without it"]
 
 
 def test_images_that_fill_no_batch_are_counted_as_they_were_given():
