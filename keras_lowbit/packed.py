@@ -16,7 +16,6 @@ import json
 import os
 import tempfile
 import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,11 +27,14 @@ from keras_lowbit import walk
 from keras_lowbit.layers import packed_kernels
 from keras_lowbit.quantizers.sites import layers_of
 from keras_lowbit.weights_file import Unknown, fill
-from keras_lowbit.whole_files import replacing
+from keras_lowbit.whole_files import DAMAGE, first_line, replacing
 
 PACKAGE = "keras_lowbit"
 FORMAT = 1
 _CONFIG, _METADATA, _WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
+_HASHED = (_CONFIG, _WEIGHTS)
+# A flipped bit makes `zipfile` ask for a password, which is a RuntimeError.
+_DAMAGE = (*DAMAGE, RuntimeError)
 # Objects that several layers share stand in a config under a number, which Keras alone resolves.
 _SHARED = b"shared_object_id"
 
@@ -104,7 +106,7 @@ def load_packed(path, **kwargs) -> keras.Model:
         **kwargs: those of `keras.models.load_model`.
 
     Raises:
-        ValueError: names the file: missing, truncated, damaged, or not of `save_packed`.
+        ValueError: as `check_packed`.
     """
     _, members = _checked(path)
     if set(kwargs) <= {"compile"}:  # the file holds nothing to compile with
@@ -146,8 +148,11 @@ def _collector_at_rest():
 def check_packed(path) -> dict:
     """The manifest of a file of `save_packed`, after comparing the SHA-256 of what it lists.
 
+    It lists `config.json` and `model.weights.h5`, no more and no less.
+
     Raises:
-        ValueError: names the file: missing, truncated, damaged, or not of `save_packed`.
+        ValueError: names the file: missing, truncated, damaged (its manifest too), of a newer
+            format, or not of `save_packed`.
     """
     return _checked(path)[0]
 
@@ -157,25 +162,60 @@ def _checked(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            manifest = json.loads(archive.read(_METADATA)).get(PACKAGE)
-            members = {name: archive.read(name) for name in (manifest or {}).get("sha256", ())}
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or cut: {error}. Get the file again") from error
-    if not manifest or _WEIGHTS not in members:
-        raise ValueError(
-            f"{path} was not written by keras_lowbit.save_packed. Use keras.models.load_model"
-        )
-    if manifest["format"] > FORMAT:
-        raise ValueError(
-            f"{path} has format {manifest['format']}; this version reads up to {FORMAT}. "
-            "Upgrade keras-lowbit"
-        )
+    manifest = _manifest(path)
+    members = _members(path, _HASHED)
     for name, content in members.items():
         if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
             raise ValueError(f"{path} is damaged: SHA-256 of {name} differs. Get the file again")
     return manifest, members
+
+
+def _members(path, names):
+    """Contents of members of an archive by name."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name: archive.read(name) for name in names}
+    except _DAMAGE as error:
+        raise ValueError(
+            f"{path} is damaged or cut: {first_line(error)}. Get the file again"
+        ) from error
+
+
+def _manifest(path):
+    """The manifest of a file, of the types and with the hashes that `_rewrite` gives it."""
+    content = _members(path, [_METADATA])[_METADATA]
+    try:
+        metadata = json.loads(content)
+    except ValueError as error:
+        raise _damaged(path, f"{_METADATA} is no JSON ({error})") from error
+    if not isinstance(metadata, dict):
+        raise _damaged(path, f"{_METADATA} holds {type(metadata).__name__}, no object")
+    if PACKAGE not in metadata:
+        raise ValueError(
+            f"{path} was not written by keras_lowbit.save_packed. Use keras.models.load_model"
+        )
+    manifest = metadata[PACKAGE]
+    if not isinstance(manifest, dict):
+        raise _damaged(path, f"its manifest is {type(manifest).__name__}, no object")
+    number = manifest.get("format")
+    if type(number) is not int or number < 1:  # True is an int
+        raise _damaged(path, f"its manifest has format {number!r}, no whole number above 0")
+    if number > FORMAT:  # before the rest, which it may have changed
+        raise ValueError(
+            f"{path} has format {number}; this version reads up to {FORMAT}. Upgrade keras-lowbit"
+        )
+    hashes, kept = manifest.get("sha256"), manifest.get("kept_float")
+    listed = sorted(hashes) if isinstance(hashes, dict) else []
+    if listed != sorted(_HASHED):
+        listed, wanted = ", ".join(listed) or "nothing", " and ".join(_HASHED)
+        raise _damaged(path, f"its manifest lists SHA-256 of {listed}, not of {wanted}")
+    if not isinstance(kept, dict):
+        raise _damaged(path, f"its manifest has kept_float {kept!r}, no object")
+    return manifest
+
+
+def _damaged(path, what):
+    return ValueError(f"{path} is damaged: {what}. Get the file again, or save_packed it again")
 
 
 def _rewrite(source, target, kept):
@@ -185,7 +225,7 @@ def _rewrite(source, target, kept):
     config = {**json.loads(members[_CONFIG]), "compile_config": None}
     members[_CONFIG] = json.dumps(_initialized_once(config)).encode()
     members[_WEIGHTS] = _without_optimizer(members[_WEIGHTS])
-    hashes = {n: hashlib.sha256(members[n]).hexdigest() for n in (_CONFIG, _WEIGHTS)}
+    hashes = {n: hashlib.sha256(members[n]).hexdigest() for n in _HASHED}
     # Not a member of its own: a fourth member makes Keras unpack the archive to disk.
     metadata = json.loads(members[_METADATA])
     metadata[PACKAGE] = {"format": FORMAT, "sha256": hashes, "kept_float": kept}

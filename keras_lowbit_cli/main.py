@@ -15,7 +15,7 @@ from absl import app, flags
 
 from keras_lowbit_cli.commands import COMMANDS, group, help_of, overview
 
-BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+BROKEN_TRAINING, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 _DEBUG = "--debug"
 _HELP = ("--help", "-h", "-help", "help")
 
@@ -114,10 +114,14 @@ def _code_of(error):
     """Exit code of an error that the user can mend; `None` for a fault of ours."""
     if isinstance(error, (ValueError, OSError, ImportError, flags.Error)):
         return BAD_INPUT
-    # Training that broke: named by its layer or block, and no fault of what was given. By name,
-    # because the class is in a module that imports Keras.
-    broken = isinstance(error, FloatingPointError) or type(error).__name__ == "ScaleError"
-    return 1 if broken else None
+    # Training that broke: named by its layer or block, and no fault of what was given.
+    return BROKEN_TRAINING if isinstance(error, (FloatingPointError, *_scale_errors())) else None
+
+
+def _scale_errors():
+    """`ScaleError`, once something imported it: nobody raises it before, and it imports Keras."""
+    guard = sys.modules.get("keras_lowbit.callbacks.scale_guard")
+    return [guard.ScaleError] if guard else []
 
 
 def one_line(error: BaseException) -> str:

@@ -38,6 +38,8 @@ class ReLU(K.Layer):
         (ops.silu, "silu"),
         (K.ReLU(6.0), "relu6"),
         (K.LeakyReLU(0.1), "leaky_relu"),
+        (K.LeakyReLU(1.0), "linear"),  # x on either side of 0
+        (K.LeakyReLU(1.5), "relu_variant"),
         ("gelu", "gelu"),
         (K.ELU(), "ELU"),
         (K.PReLU(), "PReLU"),

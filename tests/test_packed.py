@@ -387,6 +387,90 @@ def test_a_newer_format_is_refused(tmp_path):
         load_packed(path)
 
 
+HASHES = {"config.json": "0" * 64, "model.weights.h5": "0" * 64}
+SOUND = {"format": 1, "sha256": HASHES, "kept_float": {}}
+DAMAGED = {
+    "metadata is a list": ([SOUND], "metadata.json holds list, no object"),
+    "metadata is a number": (1, "metadata.json holds int, no object"),
+    "manifest is a string": ("1", "is str, no object"),
+    "manifest is a list": ([1], "is list, no object"),
+    "manifest is null": (None, "is NoneType, no object"),
+    "no format": ({"sha256": HASHES, "kept_float": {}}, "has format None, no whole number"),
+    "format is a string": ({**SOUND, "format": "1"}, "has format '1', no whole number"),
+    "format is a real": ({**SOUND, "format": 1.5}, "has format 1.5, no whole number"),
+    "format is a truth": ({**SOUND, "format": True}, "has format True, no whole number"),
+    "format is 0": ({**SOUND, "format": 0}, "has format 0, no whole number"),
+    "no hashes": ({"format": 1, "kept_float": {}}, "lists SHA-256 of nothing"),
+    "hashes are a list": ({**SOUND, "sha256": list(HASHES)}, "lists SHA-256 of nothing"),
+    "hashes are a string": ({**SOUND, "sha256": "0" * 64}, "lists SHA-256 of nothing"),
+    "no hash of the config": (
+        {**SOUND, "sha256": {"model.weights.h5": "0" * 64}},
+        r"lists SHA-256 of model\.weights\.h5, not of config\.json and model\.weights\.h5",
+    ),
+    "no hash of the weights": (
+        {**SOUND, "sha256": {"config.json": "0" * 64}},
+        r"lists SHA-256 of config\.json, not of config\.json and model\.weights\.h5",
+    ),
+    "a third hash": (
+        {**SOUND, "sha256": {**HASHES, "metadata.json": "0" * 64}},
+        r"lists SHA-256 of config\.json, metadata\.json, model\.weights\.h5, not of",
+    ),
+    "a hash is a number": ({**SOUND, "sha256": {**HASHES, "config.json": 1}}, "SHA-256 of config"),
+    "no kept kernels": ({"format": 1, "sha256": HASHES}, "has kept_float None, no object"),
+    "kept kernels are a list": ({**SOUND, "kept_float": ["pw"]}, "has kept_float .'pw'., no obj"),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A file of `save_packed`; do not write there."""
+    path = tmp_path_factory.mktemp("sound") / "m.keras"
+    save_packed(w4a4(), path)
+    return path
+
+
+def with_manifest(path, change):
+    """The file with `change(metadata)` in place of its metadata."""
+
+    def change_metadata(name, content):
+        if name != "metadata.json":
+            return content
+        return json.dumps(change(json.loads(content))).encode()
+
+    rewritten(path, change_metadata)
+
+
+@pytest.mark.parametrize("read", [check_packed, load_packed])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_manifest_is_told_with_the_file_and_the_way_out(sound, tmp_path, damage, read):
+    path = tmp_path / "m.keras"
+    path.write_bytes(sound.read_bytes())
+    manifest, message = DAMAGED[damage]
+    whole = damage.startswith("metadata")
+    with_manifest(path, lambda old: manifest if whole else {**old, "keras_lowbit": manifest})
+    with pytest.raises(ValueError, match=rf"m\.keras is damaged: .*{message}.* again$"):
+        read(path)
+
+
+def test_a_newer_format_may_list_other_hashes(sound, tmp_path):
+    path = tmp_path / "m.keras"
+    path.write_bytes(sound.read_bytes())
+    newer = {"keras_lowbit": {"format": 2, "sha256": {"codes.bin": "0" * 64}}}
+    with_manifest(path, lambda old: {**old, **newer})
+    with pytest.raises(ValueError, match="has format 2; this version reads up to 1"):
+        check_packed(path)
+
+
+def test_a_flipped_bit_that_asks_for_a_password_names_the_file(sound, tmp_path):
+    content = bytearray(sound.read_bytes())
+    # Bit 0 of the flags of the last member in the list at the archive's end.
+    content[content.rfind(b"PK\x01\x02") + 8] ^= 1
+    path = tmp_path / "m.keras"
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"m\.keras is damaged or cut: .*Get the file again"):
+        check_packed(path)
+
+
 @pytest.mark.parametrize("where", ["first save", "rewrite"])
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, where):
     path = tmp_path / "m.keras"

@@ -55,8 +55,10 @@ def with_all_outputs(content: bytes) -> bytes:
     (subgraph,) = model.subgraphs
     subgraph.outputs = [index for operator in subgraph.operators for index in operator.outputs]
     model.signatureDefs = None  # it lists the outputs that were
-    for buffer in (b for b in model.buffers if b.data is not None):
-        buffer.__class__ = _AlignedBuffer
+    model.buffers = [
+        buffer if buffer.data is None else _new(_AlignedBuffer, data=buffer.data)
+        for buffer in model.buffers
+    ]
     return _packed(model, len(content))
 
 

@@ -6,6 +6,7 @@ import keras
 
 from keras_lowbit import walk
 from keras_lowbit.named_outputs import model_of
+from keras_lowbit.whole_files import first_line
 
 
 def inputs_like(program) -> list:
@@ -68,20 +69,31 @@ def rebuilt(original, config, cls=None):
         cls: class of the copy; that of the original when left out.
 
     Raises:
-        ValueError: a layer that cannot be made again, with its name.
+        ValueError: a layer that cannot be made again, with its name and why neither its
+            `from_config` nor its constructor does it.
     """
     cls = cls or type(original)
     try:
         return cls.from_config(dict(config))
-    except (TypeError, ValueError, AttributeError):
-        pass  # told below, should the second way fail too
-    try:
-        return cls(**{key: _own(original, key, value) for key, value in config.items()})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{original.name} ({type(original).__name__}) cannot be copied: "
-            f"{str(error).splitlines()[0]} Give its class a get_config and a from_config that fit"
-        ) from error
+    except (TypeError, ValueError, AttributeError) as first:
+        # Inside the first error's handler, so that the second one's traceback shows both.
+        try:
+            return cls(**{key: _own(original, key, value) for key, value in config.items()})
+        except (TypeError, ValueError, AttributeError) as second:
+            reasons = _reason(first), _reason(second)
+            why = "its from_config: {}; its constructor: {}".format(*reasons)
+            if reasons[0] == reasons[1]:
+                why = reasons[0]
+            raise ValueError(
+                f"{original.name} ({type(original).__name__}) cannot be copied: {why}. "
+                "Give its class a get_config and a from_config that fit"
+            ) from second
+
+
+def _reason(error):
+    """One line; of Keras' `from_config` the class's own error, without the config in front."""
+    wraps = "Exception encountered: " in str(error)
+    return first_line(error.__context__ if wraps and error.__context__ else error).rstrip(".")
 
 
 def _own(original, key, value):

@@ -18,15 +18,19 @@ from keras import ops
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of, own_bias
 from keras_lowbit.progress import track
+from keras_lowbit.quantizers.sites import sites_of
 from keras_lowbit.transform.batches import checked_batches
 from keras_lowbit.transform.calibrate import uncalibrated
+from keras_lowbit.transform.rescale_depthwise import without_activation
 from keras_lowbit.transform.snap_biases import snap_biases
 
 
 def correct_biases(model: keras.Model, float_model: keras.Model, images) -> keras.Model:
     """Match the channel means of a quantized model to those of its float model, in place.
 
-    Layers that are called several times stay as they are: they have one bias and several means.
+    Means are those in front of an activation, which a quantized product has behind it, as a layer
+    of its own, unless it clips. Layers that are called several times stay as they are: they have
+    one bias and several means.
 
     Args:
         model: a calibrated model of `quantize_model`.
@@ -38,11 +42,13 @@ def correct_biases(model: keras.Model, float_model: keras.Model, images) -> kera
         The model.
 
     Raises:
-        ValueError: an uncalibrated model, images that do not fit, or a float model of other layers.
+        ValueError: an uncalibrated model, quantizers that are switched off, images that do not fit,
+            or a float model of other layers.
     """
     missing = uncalibrated(model)
     if missing:
         raise ValueError(f"Calibrate the model first: {missing[:3]} have seen no data")
+    check_switched_on(model, who="correct_biases")
     means = _float_means(walk.flatten(float_model), images)
     program = walk.flatten(model)
     sites = _sites(program)
@@ -68,6 +74,21 @@ def correct_biases(model: keras.Model, float_model: keras.Model, images) -> kera
 
     walk.forward(program, feeds, execute)
     return snap_biases(model)
+
+
+def check_switched_on(model: keras.Model, *, who: str) -> None:
+    """Refuse a model that computes with reals now where its file will with codes.
+
+    Raises:
+        ValueError: a quantizer is switched off, as in the first stage of `callbacks.TwoStage`.
+    """
+    off = [f"{s.layer_name}.{s.argument}" for s in sites_of(model) if not s.quantizer.enabled]
+    if off:
+        raise ValueError(
+            f"{who}: at {off[:3]} of {model.name} quantization is switched off, so its errors are "
+            "not those of the model to export. Train to the stage that quantizes it, or call "
+            "set_enabled(True)"
+        )
 
 
 def _sites(program) -> dict[int, str]:
@@ -96,13 +117,21 @@ def _is_linear(layer):
 
 
 def _float_means(program, images):
-    """Channel means of the outputs that `_sites` names, by layer name as in the quantized model."""
+    """Channel means of the outputs that `_sites` names, by layer name as in the quantized model.
+
+    Of a product without its activation: where `_sites` names one, the quantized one has none.
+    """
     batch = _only_batch(program, images)
     means = {}
 
     def execute(call, args, kwargs):
+        if kind_of(call) == "product":
+            with without_activation(call.operation) as activation:
+                sums = walk.infer(call, args, kwargs)
+            means[call.plain] = _channel_mean(sums)
+            return activation(sums)
         outputs = walk.infer(call, args, kwargs)
-        if _single(call) and kind_of(call) in ("product", "batch_norm"):
+        if kind_of(call) == "batch_norm":
             means[call.plain] = _channel_mean(outputs)
         return outputs
 

@@ -302,7 +302,7 @@ def _largest(program, firsts, batches):
     def execute(call, args, kwargs):
         if id(call) not in names:
             return walk.infer(call, args, kwargs)
-        with _linear(call.operation) as activation:
+        with without_activation(call.operation) as activation:
             outputs = call.operation(*args, **kwargs)
         seen = ops.convert_to_numpy(outputs)
         top = seen.reshape(-1, seen.shape[-1]).max(axis=0)
@@ -315,10 +315,10 @@ def _largest(program, firsts, batches):
 
 
 @contextlib.contextmanager
-def _linear(layer):
+def without_activation(layer):
     """Inside the block the layer gives what lies before its activation, which is yielded."""
     activation = layer.activation
-    layer.activation = keras.activations.linear
+    layer.activation = None  # in the place of a layer PyTorch lets no function stand
     try:
         yield activation if activation is not None else keras.activations.linear
     finally:

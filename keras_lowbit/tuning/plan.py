@@ -9,6 +9,7 @@ from keras_lowbit import walk
 from keras_lowbit.checks import checked_count
 from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.transform.calibrate import activation_quantizers, uncalibrated
+from keras_lowbit.transform.correct_biases import check_switched_on
 from keras_lowbit.tuning import programs
 from keras_lowbit.tuning.block_model import Rates
 from keras_lowbit.tuning.blocks import Block
@@ -98,12 +99,13 @@ def plan_calibrated(model, float_model, **given) -> Plan:
     """`plan` of a model that is to be tuned now.
 
     Raises:
-        ValueError: as in `plan`; the model saw no data.
+        ValueError: as in `plan`; the model saw no data, or a quantizer is switched off.
     """
     made = plan(model, float_model, **given)
     missing = uncalibrated(model)
     if missing:
         raise ValueError(f"Calibrate the model first: {missing[:3]} have seen no data")
+    check_switched_on(model, who="reconstruct")
     return made
 
 

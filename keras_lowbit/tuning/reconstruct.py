@@ -143,8 +143,9 @@ def reconstruct(
 
     Raises:
         ValueError: models that do not correspond layer by layer, an uncalibrated model, quantizers
-            without a scale variable, images that do not fit, a block name that is no cut,
-            arguments out of range, a pattern that matches no block, a folder of another run.
+            without a scale variable or switched off, images that do not fit, a block name that is
+            no cut, arguments out of range, a pattern that matches no block, a folder of another
+            run.
         FloatingPointError: a loss that is not finite, with the block's name; the block is then as
             it was.
 
@@ -297,11 +298,16 @@ class _Runner:
         rows = len(quantized[0])
         if self.rounding == "data" and data_rounding.is_covered(block, rows):
             held = [(v, np.array(ops.convert_to_numpy(v))) for v in data_rounding.variables(block)]
-            seed = _seed(self.seed, i)
-            data_rounding.round_block(block, quantized, floating, self.batch_size, seed, self.done)
-            if not error() < before:  # each layer is nearer to its target, yet not the block
-                for variable, value in held:
-                    variable.assign(value)
+            seed, size, nearer = _seed(self.seed, i), self.batch_size, False
+            try:
+                data_rounding.round_block(block, quantized, floating, size, seed, self.done)
+                nearer = error() < before
+            finally:
+                # Each layer is nearer to its target, yet not the block. Or something was raised,
+                # and a run that goes on later must find the block untouched.
+                if not nearer:
+                    for variable, value in held:
+                        variable.assign(value)
         return before
 
     def match(self, i, block, model, quantized, wanted):

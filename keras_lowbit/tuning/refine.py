@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.layers.packed_kernels import kernels
@@ -48,8 +50,8 @@ def refine(
         A `Reconstruction` of one block, the whole model.
 
     Raises:
-        ValueError: as in `reconstruct`; the model is then as it was.
-        FloatingPointError: a loss that is not finite; outputs are then as they were.
+        ValueError: as in `reconstruct`; the model is then as it was, as whatever is raised.
+        FloatingPointError: a loss that is not finite; likewise.
 
     Reference:
         None for the start in the middle of codes (this library's). Nagel et al., Overcoming
@@ -57,19 +59,27 @@ def refine(
         that end at borders.
     """
     rates = RATES if rates is None else rates
-    _center(plan_calibrated(model, float_model, steps=steps, blocks=[], rates=rates).quantized)
-    return reconstruct(
-        model,
-        float_model,
-        images,
-        steps=steps,
-        batch_size=batch_size,
-        drop=0.0,
-        blocks=[],
-        rates=rates,
-        seed=seed,
-        jit_compile=jit_compile,
-    )
+    plan = plan_calibrated(model, float_model, steps=steps, blocks=[], rates=rates)
+    held = [(v, np.array(ops.convert_to_numpy(v))) for v in model.variables]
+    try:
+        _center(plan.quantized)
+        return reconstruct(
+            model,
+            float_model,
+            images,
+            steps=steps,
+            batch_size=batch_size,
+            drop=0.0,
+            blocks=[],
+            rates=rates,
+            seed=seed,
+            jit_compile=jit_compile,
+        )
+    except BaseException:
+        # All of them: latent kernels from before would be no match for scales that were trained.
+        for variable, value in held:
+            variable.assign(value)
+        raise
 
 
 def _center(program: walk.Program) -> None:

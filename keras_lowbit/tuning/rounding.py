@@ -196,7 +196,9 @@ def _write(layer, float_layer, moments):
         quantizer.scale.assign(each.reshape(scale.shape).astype(np.float32))
     if layer.use_bias:
         missing = np.einsum("gi,gif->gf", wanted, kernel) - np.einsum("gi,gif->gf", got, values)
-        layer.bias.assign(_numpy(float_layer.bias) + missing.reshape(-1).astype(np.float32))
+        # Where images have an offset, a layer got its bias from `quantize_model`.
+        theirs = np.float32(0) if float_layer.bias is None else _numpy(float_layer.bias)
+        layer.bias.assign(theirs + missing.reshape(-1).astype(np.float32))
 
 
 def _numpy(variable):

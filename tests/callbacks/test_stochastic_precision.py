@@ -223,16 +223,26 @@ def test_a_float_stage_stays_float():
     assert not any(shares.seen["kernel"] + shares.seen["activation"])
 
 
-def test_an_interrupted_fit_is_mended_by_the_next_or_by_hand():
-    class Stop(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            raise KeyboardInterrupt
+class Interrupt(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        raise KeyboardInterrupt
 
+
+def test_an_interrupted_fit_is_mended_by_hand():
     model, draws = tiny.model("w2a2"), StochasticPrecision(p0=0.0, p1=0.0)
     with pytest.raises(KeyboardInterrupt):
-        tiny.train(model, [draws, Stop()], epochs=1)
+        tiny.train(model, [draws, Interrupt()], epochs=1)
     assert not any(site.quantizer.enabled for site in sites_of(model))
     draws.on_train_end()
+    assert all(site.quantizer.enabled for site in sites_of(model))
+
+
+def test_a_fresh_callback_mends_what_an_interrupted_one_left():
+    model, draws = tiny.model("w2a2"), StochasticPrecision(p0=0.0, p1=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(model, [draws, Interrupt()], epochs=1)
+    assert not any(site.quantizer.enabled for site in sites_of(model))
+    _begin(StochasticPrecision(), model)
     assert all(site.quantizer.enabled for site in sites_of(model))
 
 

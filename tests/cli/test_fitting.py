@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 from keras_lowbit import data
@@ -41,3 +42,19 @@ def test_batch_norms_take_their_statistics_from_augmented_batches(backend, tmp_p
     for got, wanted, other in zip(made, expected, plain, strict=True):
         np.testing.assert_array_equal(got, wanted)
         assert np.abs(got - other).max() > 0.01 * np.abs(other).max()
+
+
+@pytest.mark.parametrize(
+    ("bias", "activation", "logits"),
+    [
+        ([3.0, -2.0], None, True),  # 1 as a sum, of which one is below 0
+        ([3.0, 2.0], None, True),
+        ([3.0, -2.0], "softmax", False),
+    ],
+)
+def test_logits_whose_sum_is_one_are_no_probabilities(bias, activation, logits):
+    """The probe is an image of zeros, so a dense layer gives its bias."""
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(2, activation=activation, name="head")(inputs))
+    model.get_layer("head").bias.assign(bias)
+    assert fitting.ends_in_logits(model) is logits

@@ -90,6 +90,10 @@ def test_version(run):
     assert run("--version").out.strip() == keras_lowbit.__version__
 
 
+class NarrowerError(ScaleError):
+    """One of ours by another name."""
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -97,6 +101,7 @@ def test_version(run):
         (OSError(28, "No space left on device", "a.keras"), 2, "a.keras: No space left on device"),
         (ImportError("pip install x"), 2, "pip install x"),
         (ScaleError("Layer conv: NaN"), 1, "Layer conv: NaN"),
+        (NarrowerError("Layer conv: NaN"), 1, "Layer conv: NaN"),
         (FloatingPointError("block stem is nan"), 1, "block stem is nan"),
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on or starts again"),
     ],
@@ -113,6 +118,17 @@ def test_errors_have_an_exit_code_and_one_line(run, monkeypatch, error, code, sa
 def test_a_fault_of_ours_keeps_its_traceback(run, monkeypatch):
     monkeypatch.setattr(handlers, "inspect", lambda *_: {}["missing"])
     with pytest.raises(KeyError):
+        run("inspect", "x")
+
+
+def test_an_error_that_only_shares_a_name_with_ours_is_a_fault(run, monkeypatch):
+    stranger = type("ScaleError", (RuntimeError,), {})
+
+    def fail(*_):
+        raise stranger("a web service")
+
+    monkeypatch.setattr(handlers, "inspect", fail)
+    with pytest.raises(stranger):
         run("inspect", "x")
 
 

@@ -127,6 +127,15 @@ def test_a_recipe_that_trains_nothing_is_refused(made, recipe, digits, tuned):
         {"model": {"architecture": "resnet8", "weights": "some.npz"}},
     ],
 )
-def test_weights_are_given_or_trained(made, recipe, digits, sections):
+def test_weights_are_given_or_trained(made, recipe, digits, sections, monkeypatch):
+    """The check goes on to its last question, whether a file can hold the model."""
+    asked, check = [], preflight.tflite_export.check
+
+    def asking(model, target):
+        asked.append(check(model, target))
+        return asked[-1]
+
+    monkeypatch.setattr(preflight.tflite_export, "check", asking)
     path = recipe(**{"train": {"epochs": 0}, **sections})
     preflight.check(read_recipe(path), digits, files.load_model(made / "float.keras"))
+    assert asked == [[]]

@@ -105,9 +105,12 @@ def test_scales_are_positive_and_double_with_the_data(x, grid, method):
     once, twice = (scale_of(k * x, *grid, method) for k in (np.float32(1), np.float32(2)))
     assert (once > 0).all()
     lo, _ = grid
-    # Where every value falls on code 0 there is nothing to double.
-    live = (once > SMALLEST_SCALE) & ((x.max(axis=0) > 0) | ((x.min(axis=0) < 0) & (lo < 0)))
-    np.testing.assert_allclose(twice[live], 2 * once[live], rtol=1e-5)
+    # Below, all that `method` covers falls on code 0, where nothing doubles, or the search comes
+    # near the smallest scale: from 1e-3 on it tries 0.02 * 1e-3 / 127 = 1.6e-7 at least.
+    low, high = np.percentile(x, (0.01, 99.99), axis=0)
+    live = np.maximum(high, -low if lo < 0 else 0) > 1e-3
+    # To the bit: a factor of 2 moves exponents alone, in float32 as in the search's float64.
+    np.testing.assert_array_equal(twice[live], 2 * once[live])
 
 
 @given(values, grids)

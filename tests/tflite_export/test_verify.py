@@ -418,6 +418,18 @@ def test_the_runtime_refuses_inputs_that_are_no_whole_batches():
         runtime.run(content, {"y": b.codes((3, 4))})
 
 
+@pytest.mark.parametrize("counts", [(3, 6), (6, 3)])
+def test_the_runtime_refuses_inputs_of_unequal_sample_counts(counts):
+    b = Builder()
+    first, second = b.input(3, 4, name="first"), b.input(3, 4, name="second")
+    y = b.op(ir.Add, first, second, shape=(3, 4), scale=0.05)
+    content = flatbuffer.write(b.graph(y))
+    # Each is whole batches of 3; the file alone would drop the rest of the longer one.
+    inputs = {name: b.codes((n, 4)) for name, n in zip((first, second), counts, strict=True)}
+    with pytest.raises(ValueError, match="same number of samples"):
+        runtime.run(content, inputs)
+
+
 def test_built_in_kernels_and_threads_can_be_asked_for():
     graph, images = small_network()
     content = flatbuffer.write(graph, all_outputs=True)

@@ -255,18 +255,20 @@ def test_a_model_that_keras_restored_before_begins_at_the_first_epoch(tmp_path):
     assert log[-1][1]["iterations"] == 2 * 3  # epochs of 3 steps
 
 
+class Figure(keras.callbacks.Callback):
+    """Logs a figure of its own, to be monitored."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["figure"] = float(self.value)
+
+
 @pytest.mark.parametrize(("mode", "best"), [("max", 2), ("min", 1)])
 def test_the_model_ends_with_the_best_cycle(mode, best):
     model, log = tiny.model("w2a2", compiled=False), []
-
-    class Figure(keras.callbacks.Callback):
-        def __init__(self, cycle):
-            super().__init__()
-            self.cycle = cycle
-
-        def on_epoch_end(self, epoch, logs=None):
-            logs["figure"] = float(self.cycle)
-
     training = CyclicTraining(
         StagePlan((Stage("w2a2", 2, 2, 1, 1e-3),)),
         2,
@@ -282,6 +284,18 @@ def test_the_model_ends_with_the_best_cycle(mode, best):
         np.array(ops.convert_to_numpy(model.get_layer("middle").kernel)), kernels[best - 1]
     )
     assert not np.array_equal(kernels[0], kernels[1])
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("broken", [1, 2])
+def test_a_cycle_whose_figure_is_nan_is_not_the_best(mode, broken):
+    """`max` keeps a NaN that comes first: nothing is greater."""
+    plan = StagePlan((Stage("w2a2", 2, 2, 1, 1e-3),))
+    training = CyclicTraining(plan, 2, FLOAT, monitor="figure", mode=mode, reestimate_batches=0)
+    figure = {broken: np.nan, 3 - broken: 1.0}
+    model = tiny.model("w2a2", compiled=False)
+    result = train(model, training, callbacks=lambda visit: [Figure(figure[visit.cycle])])
+    assert result.best_cycle == 3 - broken
 
 
 def test_what_a_stage_freezes_stays_and_trains_again_afterwards():

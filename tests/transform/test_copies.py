@@ -7,7 +7,7 @@ from keras import ops
 
 import tflite_export
 from keras_lowbit import fold_batchnorm, zoo
-from keras_lowbit.transform import calibrate, quantize_model, rescale_pairs
+from keras_lowbit.transform import calibrate, copies, quantize_model, rescale_pairs
 from tests.transform.nearness import rounding_noise
 
 K = keras.layers
@@ -172,3 +172,53 @@ def test_a_layer_that_cannot_be_made_again_is_named_in_one_line():
     with pytest.raises(ValueError, match=r"^needy \(Needy\) cannot be copied: .*'gain'") as caught:
         quantize_model(model, "w8a8")
     assert len(str(caught.value).splitlines()) == 1
+
+
+class Picky(Needy):
+    """Of a config that neither way takes, each for its own reason."""
+
+    @classmethod
+    def from_config(cls, config):
+        raise ValueError("gains are kept in a file\nthat is not there")
+
+
+class Silent(K.Layer):
+    """Refuses its own config without a word."""
+
+    def __init__(self, name=None, made=False):
+        super().__init__(name=name)
+        if made:
+            raise ValueError
+
+    def get_config(self):
+        return {"name": self.name, "made": True}
+
+    def call(self, inputs):
+        return inputs
+
+
+def test_both_reasons_why_a_layer_cannot_be_made_again_are_told():
+    layer = Picky(2.0, name="picky")
+    with pytest.raises(ValueError, match=r"^picky \(Picky\) cannot be copied: ") as caught:
+        copies.rebuilt(layer, copies.config_of(layer))
+    text = str(caught.value)
+    assert "its from_config: gains are kept in a file; its constructor: " in text
+    assert "missing 1 required positional argument: 'gain'" in text
+    assert "Give its class a get_config and a from_config that fit" in text
+    assert len(text.splitlines()) == 1
+    second = caught.value.__cause__
+    assert isinstance(second, TypeError)
+    assert "gains are kept in a file\nthat is not there" in str(second.__context__)
+
+
+def test_one_reason_of_both_ways_is_told_once():
+    layer = Needy(2.0, name="needy")
+    with pytest.raises(ValueError, match="needy") as caught:
+        copies.rebuilt(layer, copies.config_of(layer))
+    assert str(caught.value).count("'gain'") == 1
+
+
+def test_an_error_without_words_is_told_by_its_class():
+    layer = Silent(name="silent")
+    with pytest.raises(ValueError, match=r"^silent \(Silent\) cannot be copied: ValueError\. Give"):
+        copies.rebuilt(layer, copies.config_of(layer))

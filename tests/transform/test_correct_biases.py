@@ -7,15 +7,17 @@ from keras import ops
 
 import keras_lowbit as klb
 
+K = keras.layers
 
-def separable_net():
+
+def separable_net(head=None):
     inputs = keras.Input((9, 9, 3), name="image")
     x = keras.layers.SeparableConv2D(6, 3, activation="relu")(inputs)
     x = keras.layers.Conv2D(8, 1, use_bias=False, name="point")(x)
     x = keras.layers.BatchNormalization(name="point_bn")(x)
     x = keras.layers.ReLU(6.0)(x)
     x = keras.layers.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, keras.layers.Dense(4, name="logits")(x))
+    return keras.Model(inputs, keras.layers.Dense(4, activation=head, name="logits")(x))
 
 
 @pytest.fixture
@@ -45,8 +47,11 @@ def test_channel_means_become_those_of_the_float_model(pair, images):
     assert after < before / 10
 
 
-def test_the_outputs_of_a_two_bit_net_come_closer(pair, images):
-    model, quantized = pair
+@pytest.mark.parametrize("head", [None, "softmax", "sigmoid"])
+def test_the_outputs_of_a_two_bit_net_come_closer(head, images):
+    keras.utils.set_random_seed(3)
+    model = separable_net(head)
+    quantized = klb.calibrate(klb.quantize_model(model, "w2a4", input_range=(-1, 1)), images)
     wanted = model.predict(images, verbose=0)
     before = np.abs(quantized.predict(images, verbose=0) - wanted).mean()
     klb.correct_biases(quantized, model, images)
@@ -109,3 +114,60 @@ def test_several_batches_are_refused_and_arrays_by_name_are_taken(pair, images):
     with pytest.raises(ValueError, match=r"over one batch\. Got 2: pass one array"):
         klb.correct_biases(quantized, model, [(images[:8],), (images[8:],)])
     klb.correct_biases(quantized, model, {"image": images})
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda **more: K.Dense(4, activation="softmax", **more), (6,)),
+        (lambda **more: K.Dense(4, activation="sigmoid", **more), (6,)),
+        (lambda **more: K.Dense(4, activation=K.Softmax(), **more), (6,)),
+        (lambda **more: K.Conv2D(4, 3, activation="silu", **more), (7, 5, 3)),
+    ],
+)
+def test_a_bias_moves_by_the_means_in_front_of_its_own_activation(make, shape):
+    """Quantized, the activation is a layer behind the product: means of its outputs say nothing."""
+    random = np.random.default_rng(4)
+    x = random.uniform(-1, 1, (32, *shape)).astype("float32") + np.float32(0.5)
+    inputs = keras.Input(shape)
+    layer = make(name="product")
+    model = keras.Model(inputs, layer(inputs))
+    layer.kernel.assign(random.normal(size=layer.kernel.shape))
+    layer.bias.assign(random.normal(size=4))
+    written = layer.activation
+    scheme = klb.Scheme(2, 8, ends_bits=None)
+    quantized = klb.calibrate(klb.quantize_model(model, scheme), x)
+    product = quantized.get_layer("product")
+    plain = type(layer).from_config({**layer.get_config(), "activation": None})
+    plain.build((None, *shape))
+    plain.set_weights(layer.get_weights())
+    sums = ops.convert_to_numpy(plain(x)).reshape(-1, 4)
+    got = keras.Model(quantized.input, product.output).predict(x, verbose=0).reshape(-1, 4)
+    before = np.array(ops.convert_to_numpy(product.bias))
+    klb.correct_biases(quantized, model, x)
+    moved = ops.convert_to_numpy(product.bias) - before
+    read = next(one for one in quantized.layers if isinstance(one, klb.layers.Quantize))
+    unit = ops.convert_to_numpy(read.quantizer.scale) * ops.convert_to_numpy(
+        product.kernel_quantizer.scale
+    )
+    # Half a unit of the bias, which is rounded to what a file can hold, and float32 of the sums.
+    assert np.all(np.abs(moved - (sums - got).mean(axis=0)) <= 0.501 * unit.reshape(-1) + 1e-5)
+    assert np.abs(moved).max() > 4 * unit.max()
+    assert layer.activation is written
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [("point", "kernel_quantizer"), ("logits_quantize", "quantizer")]
+)
+def test_a_model_with_a_quantizer_off_is_refused_by_name(name, argument, pair, images):
+    model, quantized = pair
+    quantizer = getattr(quantized.get_layer(name), argument)
+    quantizer.add_switch()
+    quantizer.set_enabled(False)
+    before = quantized.get_weights()
+    with pytest.raises(ValueError, match=rf"{name}.*switched off.*set_enabled\(True\)"):
+        klb.correct_biases(quantized, model, images)
+    for old, new in zip(before, quantized.get_weights(), strict=True):
+        np.testing.assert_array_equal(new, old)
+    quantizer.set_enabled(True)
+    klb.correct_biases(quantized, model, images)

@@ -121,7 +121,8 @@ def test_rescaling_under_a_relu_is_exact_in_float64():
 
 @pytest.mark.parametrize("method", ["fat", "cle"])
 @pytest.mark.parametrize(
-    ("activation", "fused"), [("relu", False), ("relu6", False), ("relu6", True)]
+    ("activation", "fused"),
+    [("relu", False), ("relu6", False), ("relu6", True), (K.ReLU(6.0), True)],
 )
 def test_outputs_on_the_calibration_images_stay(method, activation, fused):
     model = net(activation, fused)

@@ -62,6 +62,18 @@ def test_means_are_those_wanted():
     np.testing.assert_allclose(got.mean((0, 1, 2)), wanted.mean((0, 1, 2)), atol=1e-5)
 
 
+def test_a_bias_of_two_outputs_serves_the_first():
+    """Outputs b and b + 1 of which 3 and 7 are wanted: b = 3, where the second wants 6."""
+    inputs = keras.Input(SHAPE)
+    x = K.Conv2D(3, 1, kernel_initializer="zeros", name="conv")(inputs)
+    model = keras.Model(inputs, [x, K.Add()([x, inputs])])
+    ones = np.ones((4, *SHAPE), "float32")
+    wanted = [streams.Given(3 * ones), streams.Given(7 * ones)]
+    biases = [model.get_layer("conv").bias]
+    match_means(walk.flatten(model), biases, [streams.Given(ones)], wanted, 4)
+    np.testing.assert_array_equal(ops.convert_to_numpy(biases[0]), [3, 3, 3])
+
+
 def test_reconstruction_begins_and_ends_with_means_in_order(monkeypatch):
     losses, step = [], BlockModel.train_on_batch
 

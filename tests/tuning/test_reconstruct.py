@@ -195,6 +195,22 @@ class TestRefusals:
         with pytest.raises(ValueError, match="Calibrate the model first"):
             run(quantize_model(model, "w4a4"), model)
 
+    @pytest.mark.parametrize(
+        ("name", "argument"), [("dw", "kernel_quantizer"), ("dw_quantize", "quantizer")]
+    )
+    def test_a_quantizer_that_is_switched_off(self, name, argument):
+        """Its grid would be trained all the same, and errors told of a model that does without."""
+        model = small()
+        low = quantized(model)
+        quantizer = getattr(low.get_layer(name), argument)
+        quantizer.add_switch()
+        quantizer.set_enabled(False)
+        before = weights(low)
+        with pytest.raises(ValueError, match=rf"{name}.*switched off.*set_enabled\(True\)"):
+            run(low, model)
+        for old, new in zip(before, weights(low), strict=True):
+            np.testing.assert_array_equal(old, new)
+
     def test_another_float_model(self):
         with pytest.raises(ValueError, match="Pass the float model"):
             run(quantized(small()), mobile())

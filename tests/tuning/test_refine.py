@@ -6,7 +6,7 @@ from keras import ops
 
 import tflite_export
 from keras_lowbit.transform.quantize_model import quantize_model
-from keras_lowbit.tuning import Rates, refine
+from keras_lowbit.tuning import Rates, refine, streams
 from keras_lowbit.tuning.block_model import BlockModel, logit_error
 from tests.tuning.nets import images, mobile, quantized, small
 
@@ -15,6 +15,10 @@ X = images()
 
 def outputs(model):
     return ops.convert_to_numpy(model(X))
+
+
+def weights(model):
+    return [np.array(ops.convert_to_numpy(v)) for v in model.variables]
 
 
 def test_kernels_start_in_the_middle_of_their_codes(monkeypatch):
@@ -78,3 +82,42 @@ def test_a_model_stays_as_it_was_where_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match="reconstruct: "):
         refine(low, model, X, **wrong)
     np.testing.assert_array_equal(ops.convert_to_numpy(low.get_layer("stem").kernel), before)
+
+
+@pytest.mark.once
+def test_a_model_stays_as_it_was_where_images_do_not_fit():
+    """Images are looked at behind the plan, when kernels have moved."""
+    model = small()
+    low = quantized(model)
+    before = weights(low)
+    with pytest.raises(ValueError, match="Images must have shape"):
+        refine(low, model, X[:, :4])
+    for old, new in zip(before, weights(low), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_a_model_stays_as_it_was_where_the_loss_is_not_finite():
+    model = small()
+    low = quantized(model)
+    before = weights(low)
+    with pytest.raises(FloatingPointError, match="the loss of block"):
+        refine(low, model, X, steps=5, rates=Rates(log_scales=1e3, biases=1e30))
+    for old, new in zip(before, weights(low), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+@pytest.mark.once
+def test_a_model_stays_as_it_was_where_something_fails_behind_the_steps(monkeypatch):
+    """Trained scales would be no match for the kernels from before."""
+    model = small()
+    low = quantized(model)
+    before = weights(low)
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(streams, "relative_error", full)
+    with pytest.raises(OSError, match="disk full"):
+        refine(low, model, X, steps=1)
+    for old, new in zip(before, weights(low), strict=True):
+        np.testing.assert_array_equal(new, old)

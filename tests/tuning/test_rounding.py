@@ -9,7 +9,10 @@ from keras import ops
 
 import tflite_export
 from keras_lowbit.layers import QuantizedConv2D, QuantizedDense, QuantizedDepthwiseConv2D
-from keras_lowbit.tuning import blocks, programs, reconstruct, rounding
+from keras_lowbit.scheme import Scheme
+from keras_lowbit.transform.calibrate import calibrate
+from keras_lowbit.transform.quantize_model import quantize_model
+from keras_lowbit.tuning import blocks, programs, reconstruct, rounding, streams
 from tests.tuning.nets import images, mobile, quantized
 
 X = images()
@@ -163,6 +166,64 @@ def test_a_start_that_makes_a_block_worse_is_taken_back(monkeypatch):
 
     monkeypatch.setattr(rounding, "round_block", spoil)
     assert_data_starts_as_nearest()
+
+
+@pytest.mark.parametrize("where", ["round_block", "relative_error"])
+def test_a_block_is_as_it_was_where_its_start_fails(where, monkeypatch):
+    """A run that goes on later must find the block untouched."""
+    model = mobile(False, seed=2)
+    low = quantized(model)
+    before = [np.array(ops.convert_to_numpy(v)) for v in low.variables]
+    spoiled = []
+
+    def spoil(block, *_):
+        for variable in rounding.variables(block):
+            variable.assign(np.full(variable.shape, 3.0, "float32"))
+        spoiled.append(block.name)
+        if where == "round_block":
+            raise KeyboardInterrupt
+
+    measure = streams.relative_error
+
+    def stopped(*args):
+        if spoiled:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(rounding, "round_block", spoil)
+    monkeypatch.setattr(streams, "relative_error", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(low, model, X, rounding="data", steps=1, batch_size=8, blocks=["b2_add"])
+    assert spoiled == ["b2_add"]
+    for old, new in zip(before, low.variables, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(new), old)
+
+
+def test_a_bias_that_only_the_quantized_layer_has_keeps_the_means_of_its_outputs():
+    """It holds the offset of the image's grid, -1 .. 1 in 255 steps: 0.0 lies between two codes."""
+    random = np.random.default_rng(6)
+    x = random.uniform(-1, 1, (200, 6)).astype("float32") + np.float32(0.3)  # 32 positions an input
+    x = np.clip(x, -1, 1)
+    inputs = keras.Input((6,))
+    y = keras.layers.Dense(5, use_bias=False, name="stem")(inputs)
+    y = keras.layers.ReLU(name="relu")(keras.layers.BatchNormalization(name="bn")(y))
+    model = keras.Model(inputs, keras.layers.Dense(3, name="head")(y))
+    model.get_layer("stem").kernel.assign(random.normal(size=(6, 5)))
+    scheme = Scheme(3, 8, ends_bits=None)
+    low = calibrate(quantize_model(model, scheme, input_range=(-1, 1)), x)
+    stem = low.get_layer("stem")
+    assert model.get_layer("stem").bias is None
+    assert stem.bias is not None
+    block = blocks.find(*programs.pair(low, model), None)[0]
+    given = [streams.Given(x)]
+    rounding.round_block(block, given, given, 50, 0)
+    got = ops.convert_to_numpy(keras.Model(low.input, stem.output)(x))
+    wanted = x @ ops.convert_to_numpy(model.get_layer("stem").kernel)
+    # Float32 of sums of 6 numbers.
+    np.testing.assert_allclose(got.mean(axis=0), wanted.mean(axis=0), atol=1e-5)
+    still = {"steps": 1, "batch_size": 50, "drop": 0.0, "rounding": "data"}
+    found = reconstruct(low, model, x, **still)
+    assert np.isfinite([one.after for one in found.blocks]).all()
 
 
 def test_an_unknown_rounding_is_refused():
