@@ -15,6 +15,7 @@ from keras import ops
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of
 from keras_lowbit.layers.packed_kernels import kernels
+from keras_lowbit.transform.rescale_depthwise import without_activation
 
 _WEIGHTED = ("product", "batch_norm")
 
@@ -110,11 +111,8 @@ def execute(call, args, kwargs):
     operation = call.operation
     if not isinstance(call, LogitsCall):
         return walk.infer(call, args, kwargs)
-    fused, operation.activation = operation.activation, keras.activations.linear
-    try:
+    with without_activation(operation):
         return operation(*args, **kwargs)
-    finally:
-        operation.activation = fused
 
 
 def run(program: walk.Program, feeds) -> list:
