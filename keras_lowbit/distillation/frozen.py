@@ -5,9 +5,11 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from keras_lowbit.distillation.task_loss import KeepsTaskLoss
+
 
 @keras.saving.register_keras_serializable(package="keras_lowbit")
-class Distiller(keras.distillation.Distiller):
+class Distiller(KeepsTaskLoss, keras.distillation.Distiller):
     """`keras.distillation.Distiller` whose loss holds what the student's layers add.
 
         loss = (1 - w) sum of distillation losses + w CE(student, y) + the student's penalties
@@ -33,19 +35,6 @@ class Distiller(keras.distillation.Distiller):
         """
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
         self.task_loss = loss
-
-    def get_compile_config(self):
-        """Arguments of `compile`; the loss among them, which Keras' own loses."""
-        config = super().get_compile_config()
-        return config and {
-            **config,
-            "loss": keras.saving.serialize_keras_object(self.task_loss),
-        }
-
-    def compile_from_config(self, config):
-        """The reverse; variables of the optimizer are made, so that a file can fill them."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
     def _assert_same_dtype(self, teacher_dtype, student_dtype, context):
         # Under mixed precision a float teacher ends in halves, a quantized student in float32.

@@ -10,6 +10,7 @@ from keras import ops
 from keras_lowbit import walk
 from keras_lowbit.checks import did_you_mean
 from keras_lowbit.distillation.divergence import divergence, on_grid_of, squared_distance
+from keras_lowbit.distillation.task_loss import KeepsTaskLoss
 from keras_lowbit.kinds import TRANSPARENT, activation_name, walk_back
 from keras_lowbit.layers import Quantize
 
@@ -18,7 +19,7 @@ _KEEP_VALUES = TRANSPARENT | {"quantize", "dequantize"}
 
 
 @keras.saving.register_keras_serializable(package="keras_lowbit")
-class MutualDistiller(keras.Model):
+class MutualDistiller(KeepsTaskLoss, keras.Model):
     """Trains quantized models and their float twin together, each following the others.
 
         L_j = a_s CE(z_j, y) + b_s T_j^2 KL(softmax(sg(z_f) / T_j) || softmax(z_j / T_j))
@@ -144,19 +145,6 @@ class MutualDistiller(keras.Model):
         self.task_loss = loss
         # Not given to Keras, which would apply it to the outputs of all nets.
         super().compile(optimizer=optimizer, **kwargs)
-
-    def get_compile_config(self):
-        """Arguments of `compile`, the loss among them."""
-        config = super().get_compile_config()
-        return config and {
-            **config,
-            "loss": keras.saving.serialize_keras_object(self.task_loss),
-        }
-
-    def compile_from_config(self, config):
-        """The reverse; variables of the optimizer are made, so that a file can fill them."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
     def call(self, inputs, training=None):
         """`{"float": [logits, maps...], "quantized": [[logits, maps...] of each net]}`."""

@@ -97,6 +97,7 @@ def test_a_distiller_saves_amid_training_and_goes_on(tmp_path, task_loss):
         one.fit(x, y, batch_size=4, epochs=1, shuffle=False, verbose=0)
     for a, b in zip(model.student.get_weights(), loaded.student.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)  # float32, summed by another graph
+    # Velocities, as exact as the weights.
     for a, b in zip(model.optimizer.variables, loaded.optimizer.variables, strict=True):
         np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (a, b)), atol=1e-6)
 
