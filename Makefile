@@ -127,4 +127,4 @@ format: install
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLD) $(BARE) .venv-peers .arm build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD) $(BARE) .venv-peers .arm build dist .pytest_cache .ruff_cache .jax_cache

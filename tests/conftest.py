@@ -14,6 +14,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for _name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         os.environ.setdefault(_name, "1")
 
+if os.access(_root := Path(__file__).parents[1], os.W_OK):
+    # Most of JAX's time in tests is compiling; what tests, workers and runs share is compiled once.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_root / ".jax_cache"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
 import pytest
 
 try:

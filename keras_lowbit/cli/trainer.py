@@ -25,6 +25,8 @@ from keras_lowbit.transform import snap_biases, snap_levels
 from keras_lowbit.tuning import reconstruct, refine
 from tflite_export import runtime
 
+_HISTORIES = {"model": "history.csv", "float": "history_float.csv"}
+
 
 def run_recipe(
     recipe: Recipe,
@@ -98,6 +100,8 @@ def run_recipe(
         preflight.check(recipe, chosen, model)
     with ledger.alone_in(out):
         stages = ledger.Stages(out, job)
+        for name in _HISTORIES.values():
+            read_history(out / name)  # a damaged one must not wait until training is over
         return _Run(recipe, out, stages, chosen, resume, verbose, teacher).finish(
             model, chosen if tune else dataset
         )
@@ -223,7 +227,7 @@ class _Run:
                 print(found)
 
     def _history(self, name):
-        return self.out / ("history.csv" if name == "model" else "history_float.csv")
+        return self.out / _HISTORIES[name]
 
     def _file(self, weights):
         return self.out / f"model_{weights}.tflite"

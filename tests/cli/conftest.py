@@ -1,13 +1,14 @@
 """Small files for the commands, made once: a float, a quantized and an exported model of digits."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
-from keras_lowbit import data
+from keras_lowbit import data, progress
 from keras_lowbit_cli.main import main
 
 
@@ -29,8 +30,10 @@ class Outcome:
 
 
 @pytest.fixture
-def run(capsys):
+def run(capsys, monkeypatch):
     """`run("inspect", path)` -> `Outcome`, in this process."""
+    # What a command says must not depend on how fast the machine is.
+    monkeypatch.setattr(progress, "SILENT_SECONDS", math.inf)
 
     def call(*arguments):
         capsys.readouterr()

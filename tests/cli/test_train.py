@@ -177,6 +177,7 @@ def test_a_file_that_is_not_the_one_measured_is_written_anew(run, recipe, tmp_pa
         ("history.csv", b"epoch,loss\nfoo,1.5\n"),
         ("history.csv", b"loss\n1.5\n"),
         ("history.csv", b"\xff\xfe"),
+        ("history_float.csv", b"loss\n1.5\n"),
         ("stages.json", b'{"done": {}}'),
         ("stages.json", b'{"job": 3, "done": {}}'),
         ("stages.json", b"[]"),
@@ -190,6 +191,7 @@ def test_damaged_files_of_a_run_are_named(run, recipe, tmp_path, name, content):
     assert outcome.code == 2
     assert f"{name} is damaged" in outcome.error
     assert outcome.error.rstrip().endswith("Remove it")
+    assert {path.name for path in out.iterdir()} <= {name, ".lock"}, "found before any work"
 
 
 def test_snapshots_that_a_kill_left_behind_go(run, recipe, tmp_path):
