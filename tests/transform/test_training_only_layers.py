@@ -8,7 +8,8 @@ from keras import ops
 import tflite_export
 from keras_lowbit.integer.build import integer_graph
 from keras_lowbit.integer.graph import dump
-from keras_lowbit.kinds import _AUGMENTATIONS, kind_of
+from keras_lowbit.kinds import kind_of
+from keras_lowbit.kinds.calls import _AUGMENTATIONS
 from keras_lowbit.transform import calibrate, fold_batchnorm, quantize_model, reestimate_batchnorm
 from keras_lowbit.walk import flatten
 from tests.transform.test_quantize_model import assert_close, assert_same_integers, images, numpy
