@@ -44,6 +44,20 @@ ABOVE_THE_ROOT = ("tflite_export", "keras_lowbit.cli", "keras_lowbit.demo", "ker
 BACKENDS = {"tensorflow", "jax", "torch"}
 BACKEND_FILES = ("keras_lowbit/numerics/backend_*.py",)
 LONGEST_FILE = 500
+# Privates of Keras, PyTorch and LiteRT that have no public way: where to look when one changes.
+PRIVATE = {
+    ("keras_lowbit/walk.py", "_functional"),  # the graph behind a Sequential
+    ("keras_lowbit/walk.py", "_nodes_by_depth"),  # the order of a graph's calls
+    ("keras_lowbit/optimizers.py", "_trainable_variables"),  # in the order of momentums, averages
+    ("keras_lowbit/optimizers.py", "_model_variables_moving_average"),
+    ("keras_lowbit/optimizers.py", "_get_variable_index"),
+    ("keras_lowbit/callbacks/resume.py", "_initial_epoch"),  # what BackupAndRestore leaves behind
+    ("keras_lowbit/quantizers/switch.py", "_tracker"),  # variables of a built layer
+    ("keras_lowbit/distillation/frozen.py", "_assert_same_dtype"),  # under mixed precision
+    ("keras_lowbit/numerics/backend_torch.py", "_C"),
+    ("keras_lowbit/numerics/backend_torch.py", "_are_functorch_transforms_active"),
+    ("tflite_export/runtime.py", "_get_ops_details"),  # which kernels run an operation
+}
 
 
 def sources():
@@ -103,6 +117,44 @@ def import_violation(path, name):
     if here is None or there == here or there[0] < here[0]:
         return None
     return f"{here[1]} may not import {there[1]}"
+
+
+def private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def foreign_privates(texts):
+    """`(path, name)` of every private attribute of an object whose class is not in these files."""
+    trees = {path: ast.parse(text) for path, text in texts.items()}
+    own = {path: {*_attributes(tree)} for path, tree in trees.items()}
+    found = set()
+    for path, tree in trees.items():
+        elsewhere = set().union(*(names for other, names in own.items() if other != path))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                name, inherited = node.attr, ast.unparse(node.value) == "super()"
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("hasattr", "getattr"):
+                name, inherited = str(getattr(node.args[1], "value", "")), False
+            else:
+                continue
+            # What a file calls by super() it may define, too, and yet it is somebody else's.
+            ours = elsewhere if inherited else elsewhere | own[path]
+            if private(name) and name not in ours:
+                found.add((path, name))
+    return found
+
+
+def _attributes(tree):
+    """Names that the classes of a file give their objects."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for part in node.body:
+                yield getattr(part, "name", "")
+                targets = getattr(part, "targets", [getattr(part, "target", None)])
+                yield from (target.id for target in targets if isinstance(target, ast.Name))
+        stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if stored and ast.unparse(node.value) in ("self", "cls"):
+            yield node.attr
 
 
 def violations(path, text):
@@ -228,3 +280,19 @@ def test_a_planted_violation_is_caught(path, text, why):
 )
 def test_what_is_allowed_passes(path, text):
     assert violations(path, text) == []
+
+
+def test_privates_of_others_are_the_known_ones():
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in sources()}
+    assert foreign_privates(texts) == PRIVATE
+
+
+@pytest.mark.parametrize(
+    "planted",
+    ["model._x", "super()._x()", "hasattr(model, '_x')", "model._x = 1", "class A:\n  y = b._x"],
+)
+def test_a_planted_private_is_caught(planted):
+    own = "class Own:\n  def _mine(self):\n    self._z = self._mine()"
+    assert foreign_privates({"a.py": planted, "b.py": own}) == {("a.py", "_x")}
+    assert not foreign_privates({"a.py": planted.replace("_x", "_mine"), "b.py": own})
+    assert not foreign_privates({"a.py": planted.replace("_x", "_z"), "b.py": own})
