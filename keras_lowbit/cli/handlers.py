@@ -19,7 +19,7 @@ from keras_lowbit.cli.recipe import changed, read_recipe
 from keras_lowbit.progress import table
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform import calibrate, quantize_model
-from keras_lowbit.transform.calibrate import uncalibrated
+from keras_lowbit.transform.ready import uncalibrated
 from tflite_export import runtime
 
 FAILED = 1

@@ -214,13 +214,3 @@ def activation_quantizers(layer) -> list:
     """Quantizers of activations that a layer owns."""
     held = (getattr(layer, name, None) for name in _ACTIVATION_QUANTIZERS)
     return [q for q in held if isinstance(q, Quantizer)]
-
-
-def uncalibrated(model: keras.Model) -> list[str]:
-    """Names of layers with an activation quantizer that never saw data."""
-    found = []
-    for call in walk.flatten(model).calls:
-        for quantizer in activation_quantizers(call.operation):
-            if not quantizer.is_calibrated:
-                found.append(call.name)
-    return list(dict.fromkeys(found))

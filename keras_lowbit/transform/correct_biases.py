@@ -18,9 +18,8 @@ from keras import ops
 from keras_lowbit import walk
 from keras_lowbit.kinds import activation_name, kind_of, own_bias
 from keras_lowbit.progress import track
-from keras_lowbit.quantizers.sites import sites_of
 from keras_lowbit.transform.batches import checked_batches
-from keras_lowbit.transform.calibrate import uncalibrated
+from keras_lowbit.transform.ready import check_ready
 from keras_lowbit.transform.rescale_depthwise import without_activation
 from keras_lowbit.transform.snap_biases import snap_biases
 
@@ -45,10 +44,7 @@ def correct_biases(model: keras.Model, float_model: keras.Model, images) -> kera
         ValueError: an uncalibrated model, quantizers that are switched off, images that do not fit,
             or a float model of other layers.
     """
-    missing = uncalibrated(model)
-    if missing:
-        raise ValueError(f"Calibrate the model first: {missing[:3]} have seen no data")
-    check_switched_on(model, who="correct_biases")
+    check_ready(model, who="correct_biases")
     means = _float_means(walk.flatten(float_model), images)
     program = walk.flatten(model)
     sites = _sites(program)
@@ -74,21 +70,6 @@ def correct_biases(model: keras.Model, float_model: keras.Model, images) -> kera
 
     walk.forward(program, feeds, execute)
     return snap_biases(model)
-
-
-def check_switched_on(model: keras.Model, *, who: str) -> None:
-    """Refuse a model that computes with reals now where its file will with codes.
-
-    Raises:
-        ValueError: a quantizer is switched off, as in the first stage of `callbacks.TwoStage`.
-    """
-    off = [f"{s.layer_name}.{s.argument}" for s in sites_of(model) if not s.quantizer.enabled]
-    if off:
-        raise ValueError(
-            f"{who}: at {off[:3]} of {model.name} quantization is switched off, so its errors are "
-            "not those of the model to export. Train to the stage that quantizes it, or call "
-            "set_enabled(True)"
-        )
 
 
 def _sites(program) -> dict[int, str]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from keras_lowbit import walk
 from keras_lowbit.checks import checked_count
 from keras_lowbit.layers.packed_kernels import kernels
-from keras_lowbit.transform.calibrate import activation_quantizers, uncalibrated
-from keras_lowbit.transform.correct_biases import check_switched_on
+from keras_lowbit.transform.calibrate import activation_quantizers
+from keras_lowbit.transform.ready import check_ready
 from keras_lowbit.tuning import programs
 from keras_lowbit.tuning.block_model import Rates
 from keras_lowbit.tuning.blocks import Block
@@ -102,10 +102,7 @@ def plan_calibrated(model, float_model, **given) -> Plan:
         ValueError: as in `plan`; the model saw no data, or a quantizer is switched off.
     """
     made = plan(model, float_model, **given)
-    missing = uncalibrated(model)
-    if missing:
-        raise ValueError(f"Calibrate the model first: {missing[:3]} have seen no data")
-    check_switched_on(model, who="reconstruct")
+    check_ready(model, who="reconstruct")
     return made
 
 

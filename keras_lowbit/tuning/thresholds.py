@@ -17,7 +17,8 @@ from keras_lowbit.numerics import uniform
 from keras_lowbit.progress import track
 from keras_lowbit.quantizers import Threshold
 from keras_lowbit.transform.batches import checked_batches
-from keras_lowbit.transform.calibrate import activation_quantizers, uncalibrated
+from keras_lowbit.transform.calibrate import activation_quantizers
+from keras_lowbit.transform.ready import check_ready
 from keras_lowbit.transform.snap_biases import snap_biases
 from keras_lowbit.tuning import programs
 from keras_lowbit.tuning.variables import standing_in
@@ -101,7 +102,8 @@ def tune_thresholds(
 
     Raises:
         ValueError: unknown loss, arguments out of range, no thresholds, batch norms, models that
-            do not correspond, an uncalibrated model, images that do not fit.
+            do not correspond, an uncalibrated model, quantizers that are switched off, images that
+            do not fit.
 
     Reference:
         Goncharenko et al., ICANN 2019 (arXiv:1812.07872). Loss: the text's; `"smooth_l1"` is that
@@ -113,9 +115,7 @@ def tune_thresholds(
     )
     _check(loss, epochs + pointwise_epochs)
     quantized, floating = programs.pair(model, float_model)
-    missing = uncalibrated(model)
-    if missing:
-        raise ValueError(f"Calibrate the model first: {missing[:3]} have seen no data")
+    check_ready(model, who="tune_thresholds")
     norms = [c.name for c in quantized.calls if kind_of(c) == "batch_norm"]
     if norms:
         raise ValueError(

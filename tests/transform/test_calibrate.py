@@ -11,7 +11,7 @@ from keras_lowbit import layers
 from keras_lowbit.integer.build import integer_graph
 from keras_lowbit.quantizers import get as quantizer_of
 from keras_lowbit.transform import calibrate, quantize_model, reestimate_batchnorm
-from keras_lowbit.transform.calibrate import uncalibrated
+from keras_lowbit.transform.ready import uncalibrated
 
 K = keras.layers
 

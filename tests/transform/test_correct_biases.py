@@ -70,7 +70,7 @@ def test_kernels_and_the_float_model_stay_as_they_are(pair, images):
 
 def test_an_uncalibrated_model_is_refused(images):
     model = separable_net()
-    with pytest.raises(ValueError, match="Calibrate the model first"):
+    with pytest.raises(ValueError, match=r"calibrate .* first"):
         klb.correct_biases(klb.quantize_model(model, "w4a4"), model, images)
 
 

@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_names_its_block_and_leaves_it_as_it_was():
 class TestRefusals:
     def test_an_uncalibrated_model(self):
         model = small()
-        with pytest.raises(ValueError, match="Calibrate the model first"):
+        with pytest.raises(ValueError, match=r"calibrate .* first"):
             run(quantize_model(model, "w4a4"), model)
 
     @pytest.mark.parametrize(

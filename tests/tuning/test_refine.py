@@ -68,7 +68,7 @@ def test_an_uncalibrated_model_is_left_as_it_was():
     model = small()
     low = quantize_model(model, "w4a4")
     before = np.array(ops.convert_to_numpy(low.get_layer("stem").kernel))
-    with pytest.raises(ValueError, match="Calibrate the model first"):
+    with pytest.raises(ValueError, match=r"calibrate .* first"):
         refine(low, model, X)
     np.testing.assert_array_equal(ops.convert_to_numpy(low.get_layer("stem").kernel), before)
 

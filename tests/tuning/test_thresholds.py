@@ -153,6 +153,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"batch norms \(\['stem_bn', 'dw_bn'\]\)"):
             tune_thresholds(low, model, X)
 
+    def test_a_quantizer_that_is_off(self):
+        low, model = made()
+        quantizer = low.get_layer("stem").kernel_quantizer
+        quantizer.add_switch()
+        quantizer.set_enabled(False)
+        with pytest.raises(ValueError, match=r"tune_thresholds: at \['stem.kernel.*switched off"):
+            tune_thresholds(low, model, X)
+
     @pytest.mark.parametrize(
         ("options", "match"),
         [
