@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +29,45 @@ def checked_count(value: Any, *, who: str, least: int, advice: str = "") -> int:
         said = f"{who} must be a whole number of at least {least}. Got {value!r}"
         raise ValueError(f"{said}. {advice}" if advice else said)
     return int(value)
+
+
+def checked_number(
+    value: Any,
+    *,
+    who: str,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> float:
+    """`value` as a float, if it is a finite number in the range; NumPy's are, bools are not.
+
+    Args:
+        value: what was given.
+        who: what it was given for, such as `"LSQ: delta"`; the error begins with it.
+        above: it must be larger.
+        least: smallest allowed.
+        below: it must be smaller.
+        most: largest allowed.
+
+    Raises:
+        ValueError: anything else.
+    """
+    number = isinstance(value, (numbers.Real, np.number)) and not isinstance(value, bool)
+    limits = {"above": above, "at least": least, "below": below, "at most": most}
+    limits = {words: limit for words, limit in limits.items() if limit is not None}
+    if number and math.isfinite(value) and all(_HOLDS[w](value, x) for w, x in limits.items()):
+        return float(value)
+    said = " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
+    raise ValueError(f"{who} must be a finite number{said and ', '}{said}. Got {value!r}")
+
+
+_HOLDS = {
+    "above": operator.gt,
+    "at least": operator.ge,
+    "below": operator.lt,
+    "at most": operator.le,
+}
 
 
 def checked_choice(value: Any, allowed: tuple, *, who: str) -> Any:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import keras
 
+from keras_lowbit.checks import checked_number
+
 PACKAGE = "keras_lowbit"
 
 __all__ = ["Rated", "RatedAdam", "RatedSGD"]
@@ -65,10 +67,7 @@ class Rated:
         self.rates = dict(rates)
         self._factors: list[float] = []
         for pattern, rate in self.rates.items():
-            if not rate >= 0:
-                raise ValueError(
-                    f"{type(self).__name__}: rates must be at least 0. Got {rate!r} for {pattern!r}"
-                )
+            checked_number(rate, who=f"{type(self).__name__}: the rate of {pattern!r}", least=0)
 
     def build(self, variables):
         """Put the rates in the order of the variables."""

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import its own room and rooms on lower floors. Rooms on one floor are strangers.
 FLOORS = [
+    {"keras_lowbit.checks"},
     {
-        "keras_lowbit.checks",
         "keras_lowbit.named_outputs",
         "keras_lowbit.numerics",
         "keras_lowbit.progress",

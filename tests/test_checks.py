@@ -1,10 +1,11 @@
+import math
 import re
 
 import numpy as np
 import pytest
 
 from keras_lowbit.callbacks import BitDescent, ChannelBalanceDecay, CyclicPrecision
-from keras_lowbit.checks import checked_choice, checked_count
+from keras_lowbit.checks import checked_choice, checked_count, checked_number
 from keras_lowbit.training import Stage
 
 pytestmark = pytest.mark.once
@@ -24,6 +25,27 @@ def test_all_else_is_refused_by_name(value):
     said = f"ScaleGuard: every must be a whole number of at least 3. Got {value!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         checked_count(value, who="ScaleGuard: every", least=3)
+
+
+@pytest.mark.parametrize("value", [0, 0.5, np.float32(0.5), np.int8(1)])
+def test_numbers_come_back_as_floats(value):
+    found = checked_number(value, who="x", least=0, most=1)
+    assert found == value
+    assert type(found) is float
+
+
+@pytest.mark.parametrize("value", [0, -1, 1, np.float32(2), math.nan, True, "0.5", None, [0.5]])
+def test_numbers_out_of_range_are_refused_by_name(value):
+    said = f"MinMax: momentum must be a finite number, above 0 and below 1. Got {value!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        checked_number(value, who="MinMax: momentum", above=0, below=1)
+
+
+def test_without_limits_any_finite_number_will_do():
+    assert checked_number(-3, who="x") == -3.0
+    for value in (math.inf, -math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"^x must be a finite number\. Got "):
+            checked_number(value, who="x")
 
 
 def test_the_error_ends_with_the_advice():

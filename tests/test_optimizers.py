@@ -64,7 +64,10 @@ def test_compiled_steps_take_them_and_files_keep_them(tmp_path):
 
 @pytest.mark.once
 def test_what_cannot_be_meant_is_refused():
-    with pytest.raises(ValueError, match=r"RatedSGD: rates must be at least 0\. Got -1"):
+    with pytest.raises(
+        ValueError,
+        match=r"RatedSGD: the rate of 'scale' must be .* at least 0\. Got -1",
+    ):
         RatedSGD(0.1, rates={"scale": -1})
     with pytest.raises(ValueError, match=r"no trainable variable has \['scael'\] in its path"):
         stepped(RatedSGD(0.1, rates={"scael": 0.1}))

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_count, checked_number
 from keras_lowbit.optimizers import unwrapped
 
 
@@ -44,11 +44,8 @@ class AdamResetCosine(keras.callbacks.Callback):
     def __init__(self, period: int = 400, decay: float = 1e-4, floor: float = 1e-7):
         super().__init__()
         self.period = checked_count(period, who="AdamResetCosine: period", least=1)
-        if not decay >= 0 or not floor >= 0:
-            raise ValueError(
-                f"AdamResetCosine: decay and floor must be at least 0. Got {decay!r}, {floor!r}"
-            )
-        self.decay, self.floor = float(decay), float(floor)
+        self.decay = checked_number(decay, who="AdamResetCosine: decay", least=0)
+        self.floor = checked_number(floor, who="AdamResetCosine: floor", least=0)
         self._base, self._step, self._running = 0.0, 0, False
 
     def rate(self, step: int) -> float:

@@ -6,7 +6,7 @@ import keras
 
 from keras_lowbit.callbacks.penalties import attach_penalties, kernels_with_bins
 from keras_lowbit.callbacks.schedules import half_cosine
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_count, checked_number
 from keras_lowbit.regularizers import Dampening
 
 
@@ -36,8 +36,7 @@ def attach_dampening(
         Nagel et al., Overcoming Oscillations in Quantization-Aware Training, ICML 2022,
         arXiv:2203.11086.
     """
-    if not strength >= 0:
-        raise ValueError(f"attach_dampening: strength must be at least 0. Got {strength!r}")
+    checked_number(strength, who="attach_dampening: strength", least=0)
     found = {
         name: kernel
         for name, kernel in kernels_with_bins(model).items()
@@ -81,9 +80,7 @@ class DampenOscillations(keras.callbacks.Callback):
 
     def __init__(self, strength: float = 0.1, max_bits: int = 4):
         super().__init__()
-        if not strength >= 0:
-            raise ValueError(f"DampenOscillations: strength must be at least 0. Got {strength!r}")
-        self.strength = float(strength)
+        self.strength = checked_number(strength, who="DampenOscillations: strength", least=0)
         self.max_bits = checked_count(max_bits, who="DampenOscillations: max_bits", least=1)
         self._penalties = {}
 

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_lowbit.callbacks.penalties import kernels_with_bins
 from keras_lowbit.callbacks.schedules import half_cosine
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_count, checked_number
 from keras_lowbit.layers.packed_kernels import Kernel
 from keras_lowbit.optimizers import unwrapped
 
@@ -65,11 +65,8 @@ class FreezeOscillating(keras.callbacks.Callback):
                 "FreezeOscillating: threshold is the first and the last frequency, both in 0..1. "
                 f"Got {threshold!r}"
             )
-        if not 0 < momentum <= 1:
-            raise ValueError(
-                f"FreezeOscillating: momentum must be above 0 and at most 1. Got {momentum!r}"
-            )
-        self.threshold, self.momentum = tuple(map(float, threshold)), float(momentum)
+        self.threshold = tuple(map(float, threshold))
+        self.momentum = checked_number(momentum, who="FreezeOscillating: momentum", above=0, most=1)
         self.max_bits = checked_count(max_bits, who="FreezeOscillating: max_bits", least=2)
         self._kernels: dict[str, Kernel] = {}
         self._followed: dict[str, _Followed] = {}

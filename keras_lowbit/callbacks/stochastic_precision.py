@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_lowbit import walk
 from keras_lowbit.callbacks.switches import add_switches
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_count, checked_number
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.quantizers import Quantizer
 from keras_lowbit.quantizers.sites import quantizers_of
@@ -66,9 +66,8 @@ class StochasticPrecision(keras.callbacks.Callback):
     ):
         super().__init__()
         for name, value in (("p0", p0), ("p1", p1), ("ramp", ramp)):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value <= 1:
-                raise ValueError(f"StochasticPrecision: {name} must lie in 0..1. Got {value!r}")
+            who = f"StochasticPrecision: {name}"
+            setattr(self, name, checked_number(value, who=who, least=0, most=1))
         if p1 < p0:
             raise ValueError(
                 f"StochasticPrecision: p1 must be at least p0, or quantization fades. "
@@ -78,7 +77,7 @@ class StochasticPrecision(keras.callbacks.Callback):
             raise ValueError("StochasticPrecision: ramp must be above 0. Use p0=1 for no ramp")
         if unit not in ("block", "layer"):
             raise ValueError(f"StochasticPrecision: unit must be 'block' or 'layer'. Got {unit!r}")
-        self.p0, self.p1, self.ramp, self.unit = float(p0), float(p1), float(ramp), unit
+        self.unit = unit
         self.seed = checked_count(seed, who="StochasticPrecision: seed", least=0)
         self.units: list[list[Quantizer]] = []
         self._drawn_for: list[list[Quantizer]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 
 from keras_lowbit.callbacks.schedules import cooled
+from keras_lowbit.checks import checked_number
 from keras_lowbit.quantizers import Levels, Ternary
 from keras_lowbit.quantizers.sites import sites_of
 
@@ -33,11 +34,8 @@ class TemperatureAnnealing(keras.callbacks.Callback):
 
     def __init__(self, first: float = 1.0, last: float = 0.25):
         super().__init__()
-        if not first > 0 or not last > 0:
-            raise ValueError(
-                f"TemperatureAnnealing: temperatures must be positive. Got {first!r}, {last!r}"
-            )
-        self.first, self.last = float(first), float(last)
+        self.first = checked_number(first, who="TemperatureAnnealing: first", above=0)
+        self.last = checked_number(last, who="TemperatureAnnealing: last", above=0)
         self._found = []
 
     def on_train_begin(self, logs=None):

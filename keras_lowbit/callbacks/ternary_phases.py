@@ -10,7 +10,7 @@ from keras_lowbit.callbacks.norms import kept, reestimate
 from keras_lowbit.callbacks.penalties import attach_penalties, kernels_of
 from keras_lowbit.callbacks.schedules import check_switch, cooled, half_cosine
 from keras_lowbit.callbacks.switches import add_switches
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_count, checked_number
 from keras_lowbit.quantizers import Ternary
 from keras_lowbit.regularizers import CosineTernaryRegularizer
 
@@ -39,8 +39,7 @@ def attach_cosine(model: keras.Model, strength: float = 1.0) -> dict[str, Cosine
         raise ValueError(
             f"{model.name} has no ternary kernel. Quantize it by quantize_model(model, 'wta8')"
         )
-    if not strength >= 0:
-        raise ValueError(f"attach_cosine: strength must be at least 0. Got {strength!r}")
+    checked_number(strength, who="attach_cosine: strength", least=0)
     for kernel in found.values():
         kernel.quantizer.pull.assign(float(strength))
     penalties = {
@@ -107,10 +106,8 @@ class TernaryPhases(keras.callbacks.Callback):
     ):
         super().__init__()
         self.switch_epoch = checked_count(switch_epoch, who="TernaryPhases: switch_epoch", least=0)
-        if not strength >= 0 or not keep >= 0:
-            raise ValueError(
-                f"TernaryPhases: strength and keep must be at least 0. Got {strength!r}, {keep!r}"
-            )
+        checked_number(strength, who="TernaryPhases: strength", least=0)
+        checked_number(keep, who="TernaryPhases: keep", least=0)
         if len(temperature) != 2 or not min(temperature) > 0:
             raise ValueError(
                 "TernaryPhases: temperature is the first and the last, both positive. "

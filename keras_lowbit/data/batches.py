@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_count, checked_number
 from keras_lowbit.data.mixing import cut_out, mix_up
 
 
@@ -91,8 +91,7 @@ class AugmentedBatches(Batches):
         super().__init__(x, y, batch_size)
         self.pad = checked_count(pad, who="AugmentedBatches: pad, in pixels,", least=0)
         self.cutout = checked_count(cutout, who="AugmentedBatches: cutout, in pixels,", least=0)
-        if not mixup >= 0:
-            raise ValueError(f"AugmentedBatches: mixup must be 0 or more. Got {mixup}")
+        checked_number(mixup, who="AugmentedBatches: mixup", least=0)
         if mixup and self.y.ndim != 2:
             raise ValueError(
                 "AugmentedBatches: mixup mixes probabilities (n, classes); "

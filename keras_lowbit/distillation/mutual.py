@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_lowbit import walk
-from keras_lowbit.checks import did_you_mean
+from keras_lowbit.checks import checked_number, did_you_mean
 from keras_lowbit.distillation.divergence import divergence, on_grid_of, squared_distance
 from keras_lowbit.distillation.task_loss import KeepsTaskLoss
 from keras_lowbit.kinds import TRANSPARENT, activation_name, walk_back
@@ -87,10 +87,7 @@ class MutualDistiller(KeepsTaskLoss, keras.Model):
         students = _checked_models(float_model, quantized_models)
         weights = {"a_s": a_s, "b_s": b_s, "a_t": a_t, "b_t": b_t, "hint_weight": hint_weight}
         for name, value in weights.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-                raise ValueError(f"MutualDistiller: {name} must be 0 or more. Got {value!r}")
-        self.a_s, self.b_s, self.a_t, self.b_t = a_s, b_s, a_t, b_t
-        self.hint_weight = hint_weight
+            setattr(self, name, checked_number(value, who=f"MutualDistiller: {name}", least=0))
         self.temperatures = _checked_temperatures(temperature, len(students))
         self.frozen_teacher = bool(frozen_teacher)
         self.float_model, self.quantized_models = float_model, students

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.checks import checked_number
 from keras_lowbit.numerics import ranges
 from keras_lowbit.numerics.grid import check_bits, code_bounds
 from keras_lowbit.quantizers.base import Quantizer
@@ -47,11 +46,10 @@ class Affine(Quantizer):
             raise ValueError(
                 f"Affine: lo must lie in {-(2**self._initial_bits - 1)}..0. Got {lo!r}"
             )
-        if scale is not None and not 0 < scale < math.inf:
-            raise ValueError(f"Affine: scale must be positive and finite, or None. Got {scale!r}")
-        if not math.isfinite(offset):
-            raise ValueError(f"Affine: offset must be finite. Got {offset!r}")
-        self._initial_scale, self._initial_lo, self.offset = scale, int(lo), float(offset)
+        if scale is not None:
+            checked_number(scale, who="Affine: scale", above=0)
+        self.offset = checked_number(offset, who="Affine: offset")
+        self._initial_scale, self._initial_lo = scale, int(lo)
 
     def build(self, input_shape):
         """Create `scale` and `lo`."""

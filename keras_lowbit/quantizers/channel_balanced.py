@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.checks import checked_choice
+from keras_lowbit.checks import checked_choice, checked_number
 from keras_lowbit.numerics import ranges
 from keras_lowbit.quantizers.lsq import LSQ
 from keras_lowbit.quantizers.state import PACKAGE
@@ -69,9 +69,8 @@ class ChannelBalanced(LSQ):
             )
         super().__init__(bits, role=role, **kwargs)
         checked_choice(agg, AGGREGATES, who="ChannelBalanced: agg")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight >= 0:
-            raise ValueError(f"ChannelBalanced: weight must be at least 0. Got {weight!r}")
-        self.agg, self.weight = agg, float(weight)
+        self.agg = agg
+        self.weight = checked_number(weight, who="ChannelBalanced: weight", least=0)
 
     def build(self, input_shape):
         """Create the scale, 1.0 until calibrated, and `balance`."""

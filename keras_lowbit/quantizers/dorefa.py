@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.checks import checked_number
 from keras_lowbit.numerics import ranges, uniform
 from keras_lowbit.numerics.grid import MAGNITUDE_BITS, MAX_BITS, check_bits, code_bounds
 from keras_lowbit.quantizers.base import Quantizer
@@ -58,9 +59,8 @@ class DoReFa(Quantizer):
     def __init__(self, bits=MAGNITUDE_BITS, *, clip=None, axis=None, **kwargs):
         super().__init__(bits, **kwargs)
         self._check_kernel_bits(self._initial_bits)
-        if clip is not None and not clip > 0:
-            raise ValueError(f"DoReFa: clip must be positive or None. Got {clip!r}")
-        self._given_clip = None if clip is None else float(clip)
+        given = None if clip is None else checked_number(clip, who="DoReFa: clip", above=0)
+        self._given_clip = given
 
     def build(self, input_shape):
         """Create the clip of activations."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from keras_lowbit.checks import checked_choice
+from keras_lowbit.checks import checked_choice, checked_number
 from keras_lowbit.numerics import uniform
 from keras_lowbit.numerics.bend import bend
 from keras_lowbit.numerics.grid import code_bounds
@@ -68,13 +68,11 @@ class LSQ(Quantizer):
 
     def __init__(self, bits=8, *, max_value=None, gradient="ste", delta=1e-3, **kwargs):
         super().__init__(bits, **kwargs)
-        if max_value is not None and not max_value > 0:
-            raise ValueError(f"LSQ: max_value must be positive or None. Got {max_value!r}")
+        if max_value is not None:
+            max_value = checked_number(max_value, who="LSQ: max_value", above=0)
         self.max_value = max_value
         self.gradient = checked_choice(gradient, GRADIENTS, who="LSQ: gradient")
-        if isinstance(delta, bool) or not isinstance(delta, (int, float)) or not delta >= 0:
-            raise ValueError(f"LSQ: delta must be at least 0. Got {delta!r}")
-        self._delta = float(delta)
+        self._delta = checked_number(delta, who="LSQ: delta", least=0)
 
     def build(self, input_shape):
         """Create the scale, 1.0 until calibrated, and `delta` where a gradient asks for it."""

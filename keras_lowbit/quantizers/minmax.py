@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.checks import checked_number
 from keras_lowbit.numerics.ranges import SMALLEST_SCALE
 from keras_lowbit.quantizers.base import Quantizer
 from keras_lowbit.quantizers.state import PACKAGE
@@ -48,11 +49,9 @@ class MinMax(Quantizer):
 
     def __init__(self, bits=8, *, momentum=0.99, **kwargs):
         super().__init__(bits, **kwargs)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"MinMax: momentum must be at least 0 and below 1. Got {momentum!r}")
         if self.role == "activation" and self.axis is not None:
             raise ValueError(f"MinMax: activations have one range, axis=None. Got {self.axis}")
-        self.momentum = float(momentum)
+        self.momentum = checked_number(momentum, who="MinMax: momentum", least=0, below=1)
 
     def build(self, input_shape):
         """Create the range of activations, `[-1, 1]` or `[0, 1]` until calibrated."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keras
 
+from keras_lowbit.checks import checked_count
 from keras_lowbit.numerics import ranges
 from keras_lowbit.quantizers.base import Quantizer
 from keras_lowbit.quantizers.state import PACKAGE
@@ -39,9 +40,7 @@ class MSE(Quantizer):
 
     def __init__(self, bits=8, *, candidates=100, **kwargs):
         super().__init__(bits, **kwargs)
-        if candidates < 1:
-            raise ValueError(f"MSE: candidates must be at least 1. Got {candidates!r}")
-        self.candidates = int(candidates)
+        self.candidates = checked_count(candidates, who="MSE: candidates", least=1)
 
     def build(self, input_shape):
         """Create the scale, 1.0 until calibrated."""

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.checks import checked_number
 from keras_lowbit.numerics import ranges, uniform
 from keras_lowbit.quantizers.base import Quantizer
 from keras_lowbit.quantizers.state import PACKAGE, PositiveScale
@@ -47,11 +48,8 @@ class PACT(Quantizer):
         if axis is not None:
             raise ValueError(f"PACT: activations have one clip, axis=None. Got {axis!r}")
         super().__init__(bits, role=role, **kwargs)
-        if not alpha > 0 or not decay >= 0:
-            raise ValueError(
-                f"PACT: alpha must be positive and decay at least 0. Got {alpha!r}, {decay!r}"
-            )
-        self._initial_alpha, self.decay = float(alpha), float(decay)
+        self._initial_alpha = checked_number(alpha, who="PACT: alpha", above=0)
+        self.decay = checked_number(decay, who="PACT: decay", least=0)
 
     def build(self, input_shape):
         """Create `alpha`."""

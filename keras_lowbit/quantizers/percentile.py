@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keras
 
+from keras_lowbit.checks import checked_number
 from keras_lowbit.numerics import ranges
 from keras_lowbit.quantizers.base import Quantizer
 from keras_lowbit.quantizers.state import PACKAGE
@@ -40,11 +41,8 @@ class Percentile(Quantizer):
 
     def __init__(self, bits=8, *, percentile=99.99, **kwargs):
         super().__init__(bits, **kwargs)
-        if not 50 < percentile <= 100:
-            raise ValueError(
-                f"Percentile: percentile must be above 50 and at most 100. Got {percentile!r}"
-            )
-        self.percentile = float(percentile)
+        who = "Percentile: percentile"
+        self.percentile = checked_number(percentile, who=who, above=50, most=100)
 
     def build(self, input_shape):
         """Create the scale, 1.0 until calibrated."""

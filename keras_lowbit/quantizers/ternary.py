@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.checks import checked_choice
+from keras_lowbit.checks import checked_choice, checked_number
 from keras_lowbit.numerics import ternary, uniform
 from keras_lowbit.numerics.grid import check_bits
 from keras_lowbit.numerics.ranges import SMALLEST_SCALE
@@ -87,9 +87,9 @@ class Ternary(Quantizer):
         self.threshold = checked_choice(threshold, THRESHOLDS, who="Ternary: threshold")
         self.scale_rule = checked_choice(scale, SCALES, who="Ternary: scale")
         self.gradient = checked_choice(gradient, GRADIENTS, who="Ternary: gradient")
-        self._temperature = _number("temperature", temperature, "positive", lambda v: v > 0)
-        self.floor = _number("floor", floor, "from 0 to 1", lambda v: 0 <= v <= 1)
-        self.zeros = _number("zeros", zeros, "from 0 to below 1", lambda v: 0 <= v < 1)
+        self._temperature = checked_number(temperature, who="Ternary: temperature", above=0)
+        self.floor = checked_number(floor, who="Ternary: floor", least=0, most=1)
+        self.zeros = checked_number(zeros, who="Ternary: zeros", least=0, below=1)
 
     def build(self, input_shape):
         """Create `temperature` and `pull`, and what is trained of ratio and scale."""
@@ -201,10 +201,3 @@ def check_ternary_bits(bits) -> int:
             "another width, or BitDescent(targets='activations') to keep kernels ternary"
         )
     return BITS
-
-
-def _number(argument, given, allowed, accepts):
-    number = isinstance(given, (int, float)) and not isinstance(given, bool)
-    if not number or not accepts(given):
-        raise ValueError(f"Ternary: {argument} must be {allowed}. Got {given!r}")
-    return float(given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from keras_lowbit.checks import checked_number
 from keras_lowbit.numerics import ternary
 
 PACKAGE = "keras_lowbit"
@@ -40,14 +41,9 @@ class CosineTernaryRegularizer(keras.regularizers.Regularizer):
     """
 
     def __init__(self, strength=1.0, axis=-1, threshold=ternary.TWN_RATIO, projection=None):
-        if isinstance(strength, (int, float)) and not strength >= 0:
-            raise ValueError(
-                f"CosineTernaryRegularizer: strength must be at least 0. Got {strength!r}"
-            )
-        if not threshold > 0:
-            raise ValueError(
-                f"CosineTernaryRegularizer: threshold must be positive. Got {threshold!r}"
-            )
+        if not isinstance(strength, keras.Variable):
+            checked_number(strength, who="CosineTernaryRegularizer: strength", least=0)
+        checked_number(threshold, who="CosineTernaryRegularizer: threshold", above=0)
         self.strength = strength
         self.axis = (axis,) if isinstance(axis, int) else None if axis is None else tuple(axis)
         self.threshold = float(threshold)

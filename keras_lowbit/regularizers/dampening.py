@@ -5,6 +5,8 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from keras_lowbit.checks import checked_number
+
 
 class Dampening(keras.regularizers.Regularizer):
     """The squared error of a quantizer's values against its clipped latent weights.
@@ -34,8 +36,8 @@ class Dampening(keras.regularizers.Regularizer):
     """
 
     def __init__(self, quantizer, strength=0.1):
-        if isinstance(strength, (int, float)) and not strength >= 0:
-            raise ValueError(f"Dampening: strength must be at least 0. Got {strength!r}")
+        if not isinstance(strength, keras.Variable):
+            checked_number(strength, who="Dampening: strength", least=0)
         self.quantizer, self.strength = quantizer, strength
 
     def __call__(self, x):

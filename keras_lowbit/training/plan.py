@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_count, checked_number
 from keras_lowbit.numerics.grid import MAX_EXPORT_BITS
 
 FLOAT_BITS = 32
@@ -51,9 +51,8 @@ class Stage:
             advice="Leave out a stage that shall not train",
         )
         object.__setattr__(self, "epochs", epochs)
-        rate = self.learning_rate
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1e6:
-            raise ValueError(f"Stage {self.name}: learning_rate must be above 0. Got {rate!r}")
+        who = f"Stage {self.name}: learning_rate"
+        checked_number(self.learning_rate, who=who, above=0, below=1e6)
         if isinstance(self.frozen, str) or not all(isinstance(p, str) for p in self.frozen):
             raise ValueError(
                 f"Stage {self.name}: frozen is a tuple of patterns. Got {self.frozen!r}"

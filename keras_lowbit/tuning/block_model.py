@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lowbit.checks import checked_number
 from keras_lowbit.distillation.divergence import divergence
 from keras_lowbit.kinds import own_bias
 from keras_lowbit.layers.packed_kernels import kernels
@@ -45,8 +46,7 @@ class Rates:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"Rates: {name} must be positive. Got {value!r}")
+            checked_number(value, who=f"Rates: {name}", above=0)
 
     def schedule(self, steps):
         """The common factor of all rates over the steps of a block."""

@@ -6,7 +6,7 @@ import fnmatch
 from dataclasses import dataclass
 
 from keras_lowbit import walk
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_count, checked_number
 from keras_lowbit.layers.packed_kernels import kernels
 from keras_lowbit.transform.calibrate import activation_quantizers
 from keras_lowbit.transform.ready import check_ready
@@ -66,10 +66,7 @@ def plan(
         str(pattern): checked_count(n, who=f"reconstruct: block_steps[{pattern!r}]", least=1)
         for pattern, n in dict(block_steps or {}).items()
     }
-    if not 0 <= logit_weight < float("inf"):
-        raise ValueError(
-            f"reconstruct: logit_weight must be finite, 0 or more. Got {logit_weight!r}"
-        )
+    checked_number(logit_weight, who="reconstruct: logit_weight", least=0)
     quantized, floating = map(programs.logits, programs.pair(model, float_model))
     found = find_blocks(quantized, floating, blocks)
     logit_blocks = checked_count(logit_blocks, who="reconstruct: logit_blocks", least=1)

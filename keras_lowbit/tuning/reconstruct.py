@@ -17,7 +17,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lowbit.checks import checked_choice, checked_count
+from keras_lowbit.checks import checked_choice, checked_count, checked_number
 from keras_lowbit.progress import table, track
 from keras_lowbit.transform.batches import checked_batches
 from keras_lowbit.transform.snap_biases import snap_biases
@@ -209,10 +209,8 @@ def reconstruct(
 
 
 def _check(drop, memory):
-    if not 0 <= drop <= 1:
-        raise ValueError(f"reconstruct: drop must lie in 0..1. Got {drop!r}")
-    if not memory > 0:
-        raise ValueError(f"reconstruct: memory must be positive, in bytes. Got {memory!r}")
+    checked_number(drop, who="reconstruct: drop", least=0, most=1)
+    checked_number(memory, who="reconstruct: memory, in bytes,", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,11 +94,11 @@ class TestWhatIsRefused:
             attach_dampening(model)
 
     def test_numbers_out_of_range(self):
-        with pytest.raises(ValueError, match=r"strength must be at least 0\. Got -1"):
+        with pytest.raises(ValueError, match=r"strength must be .* at least 0\. Got -1"):
             DampenOscillations(-1)
         with pytest.raises(ValueError, match="max_bits must be a whole number of at least 1"):
             DampenOscillations(max_bits=0)
-        with pytest.raises(ValueError, match=r"strength must be at least 0\. Got -1"):
+        with pytest.raises(ValueError, match=r"strength must be .* at least 0\. Got -1"):
             attach_dampening(tiny.model(compiled=False), -1)
 
 

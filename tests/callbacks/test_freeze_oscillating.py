@@ -256,7 +256,7 @@ class TestWhatIsRefused:
         ("arguments", "message"),
         [
             ({"threshold": (0.1, 1.5)}, "threshold is the first and the last frequency"),
-            ({"momentum": 0.0}, "momentum must be above 0"),
+            ({"momentum": 0.0}, "momentum must be a finite number, above 0"),
             ({"max_bits": 1}, "max_bits must be a whole number of at least 2. Got 1"),
         ],
     )

@@ -157,8 +157,8 @@ def _of(layer, name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"p0": -0.1}, r"p0 must lie in 0\.\.1\. Got -0\.1"),
-        ({"p1": 1.5}, r"p1 must lie in 0\.\.1\. Got 1\.5"),
+        ({"p0": -0.1}, r"p0 must be a finite number, at least 0 and at most 1\. Got -0\.1"),
+        ({"p1": 1.5}, r"p1 must be a finite number, at least 0 and at most 1\. Got 1\.5"),
         ({"p0": 0.9, "p1": 0.5}, "p1 must be at least p0"),
         ({"ramp": 0}, "ramp must be above 0"),
         ({"unit": "element"}, "unit must be 'block' or 'layer'"),

@@ -222,7 +222,7 @@ class TestArguments:
         ("arguments", "message"),
         [
             ({"switch_epoch": -1}, "switch_epoch must be a whole number of at least 0"),
-            ({"switch_epoch": 1, "strength": -1}, "strength and keep must be at least 0"),
+            ({"switch_epoch": 1, "strength": -1}, "strength must be a finite number, at least 0"),
             ({"switch_epoch": 1, "temperature": (1.0, 0.0)}, "temperature is the first and the"),
             ({"switch_epoch": 1, "batch_size": 0}, "batch_size must be a whole number"),
         ],

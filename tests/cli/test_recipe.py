@@ -65,7 +65,10 @@ def test_whole_numbers_are_taken_for_reals(tmp_path):
         ("[reconstruct]\nrates = { bias = 1.0 }", "rates are of ['codes_4bit', 'codes_8bit', 'b"),
         ("[reconstruct]\nrates = { biases = 'a' }", "rates are of ['codes_4bit', 'codes_8bit', 'b"),
         ("[reconstruct]\nblock_rates = { a = 1 }", "rates are of ['codes_4bit', 'codes_8bit', 'b"),
-        ("[reconstruct]\nblock_rates = { a = { biases = -1 } }", "biases must be positive. Got -1"),
+        (
+            "[reconstruct]\nblock_rates = { a = { biases = -1 } }",
+            "biases must be a finite number, above 0. Got -1",
+        ),
         ("[reconstruct]\nlogit_blocks = 0", "[reconstruct]: logit_blocks must be at least 1"),
         ("[reconstruct]\nviews = -1", "[reconstruct]: views must be at least 0. Got -1"),
         ("[reconstruct]\nzoom = 1.5", "[reconstruct]: zoom must lie above 0 and up to 1. Got 1.5"),
@@ -183,8 +186,10 @@ def test_a_float_recipe_has_nothing_to_distill_into(tmp_path):
 
 @pytest.mark.once
 def test_options_of_a_wrong_type_are_one_error():
-    with pytest.raises(ValueError, match="Quantizer 'pact' cannot be made of"):
+    with pytest.raises(ValueError, match=r"PACT: alpha must be a finite number, above 0\. Got 'x'"):
         quantizers.get("pact", role="activation", alpha="x")
+    with pytest.raises(ValueError, match="Quantizer 'affine' cannot be made of"):
+        quantizers.get("affine", lo="x")
 
 
 def test_metrics_that_are_kept_name_files_and_no_folders():

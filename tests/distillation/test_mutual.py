@@ -310,7 +310,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"b_s": -1}, "b_s must be 0 or more. Got -1"),
+            ({"b_s": -1}, "b_s must be a finite number, at least 0. Got -1"),
             ({"temperature": 0}, "temperature is one positive number"),
             ({"temperature": [1, 2]}, "or 1 of them"),
             ({"hints": [("relu3", "relu2_quantize")]}, r"no layer 'relu3'\. Did you mean 'relu"),

@@ -69,9 +69,9 @@ def test_narrower_codes_keep_the_ends():
     [
         ({"lo": 1}, r"lo must lie in -255\.\.0. Got 1"),
         ({"lo": -16, "bits": 4}, r"lo must lie in -15\.\.0. Got -16"),
-        ({"scale": 0.0}, "scale must be positive and finite, or None"),
-        ({"scale": np.inf}, "scale must be positive and finite, or None"),
-        ({"offset": np.nan}, "offset must be finite"),
+        ({"scale": 0.0}, "scale must be a finite number, above 0"),
+        ({"scale": np.inf}, "scale must be a finite number, above 0"),
+        ({"offset": np.nan}, "offset must be a finite number"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):

@@ -203,7 +203,7 @@ class TestArguments:
         ("options", "message"),
         [
             ({"agg": "meen"}, r"agg must be one of .*Did you mean 'mean'"),
-            ({"weight": -0.1}, r"weight must be at least 0\. Got -0\.1"),
+            ({"weight": -0.1}, r"weight must be a finite number, at least 0\. Got -0\.1"),
             ({"axis": -1}, r"channels share one scale.*Got -1"),
             ({"role": "kernel"}, r"role must be one of \('activation',\)"),
         ],

@@ -112,5 +112,5 @@ class TestActivations:
         assert quantizer.grid().scale == np.float32(1) / np.float32(255)
 
     def test_a_clip_is_positive(self):
-        with pytest.raises(ValueError, match="clip must be positive"):
+        with pytest.raises(ValueError, match="clip must be a finite number, above 0"):
             DoReFa(4, role="activation", clip=0.0)

@@ -114,7 +114,7 @@ class TestMaxValue:
 
     @pytest.mark.parametrize("value", [0.0, -6.0])
     def test_it_is_positive(self, value):
-        with pytest.raises(ValueError, match="max_value must be positive"):
+        with pytest.raises(ValueError, match="max_value must be a finite number, above 0"):
             LSQ(max_value=value)
 
 
@@ -291,6 +291,6 @@ class TestElementWiseGradientScaling:
     def test_bad_arguments_are_refused(self):
         with pytest.raises(ValueError, match=r"LSQ: gradient must be one of .*Got 'ewsg'.*'ewgs'"):
             LSQ(gradient="ewsg")
-        with pytest.raises(ValueError, match=r"LSQ: delta must be at least 0\. Got -1"):
+        with pytest.raises(ValueError, match=r"LSQ: delta must be .* at least 0\. Got -1"):
             LSQ(gradient="ewgs", delta=-1)
         assert "delta" not in LSQ(4).get_config()

@@ -81,8 +81,8 @@ def test_decay_adds_the_square_of_the_clip_to_the_loss():
     [
         ({"role": "kernel"}, "For kernels use 'lsq' or 'dorefa'"),
         ({"axis": -1}, "one clip, axis=None"),
-        ({"alpha": 0.0}, "alpha must be positive"),
-        ({"decay": -1.0}, "decay at least 0"),
+        ({"alpha": 0.0}, "alpha must be a finite number, above 0"),
+        ({"decay": -1.0}, "decay must be a finite number, at least 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):

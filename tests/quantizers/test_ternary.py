@@ -176,9 +176,9 @@ class TestAsKernels:
             ({"threshold": "quantil"}, r"threshold must be one of .*Did you mean 'quantile'"),
             ({"scale": "lsq"}, r"scale must be one of .*'least_squares', 'learned'"),
             ({"gradient": "sigmoidal"}, r"gradient must be one of .*Did you mean 'sigmoid'"),
-            ({"temperature": 0}, r"temperature must be positive\. Got 0"),
-            ({"floor": 1.5}, r"floor must be from 0 to 1\. Got 1\.5"),
-            ({"zeros": 1.0}, r"zeros must be from 0 to below 1\. Got 1\.0"),
+            ({"temperature": 0}, r"temperature must be a finite number, above 0\. Got 0"),
+            ({"floor": 1.5}, r"floor must be a finite number, at least 0 and at most 1\. Got 1\.5"),
+            ({"zeros": 1.0}, r"zeros must be a finite number, at least 0 and below 1\. Got 1\.0"),
             ({"role": "activation"}, r"role must be one of \('kernel',\)"),
         ],
     )

@@ -233,8 +233,8 @@ class TestRefusals:
             ({"logit_blocks": 0}, "logit_blocks must be"),
             ({"logit_blocks": 4}, "logit_blocks must be at most 3, the blocks of small. Got 4"),
             ({"batch_size": 2.5}, "batch_size must be"),
-            ({"drop": 1.5}, "drop must lie in 0..1"),
-            ({"memory": 0}, "memory must be positive"),
+            ({"drop": 1.5}, "drop must be .* at least 0 and at most 1"),
+            ({"memory": 0}, "memory, in bytes, must be .* above 0"),
             ({"blocks": ["haed"]}, "no layer has that name"),
         ],
     )

@@ -125,7 +125,7 @@ def test_quantizers_without_a_scale_to_tune_are_refused():
 def test_code_rates_are_those_measured_at_4_and_8_bits():
     rates = [code_rate(bits, 6e-3, 6e-2) for bits in (2, 4, 6, 8)]
     np.testing.assert_allclose(rates, [6e-3, 6e-3, 6e-3 * 10**0.5, 6e-2])
-    with pytest.raises(ValueError, match="biases must be positive"):
+    with pytest.raises(ValueError, match="biases must be a finite number, above 0"):
         Rates(biases=0)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import keras
 
-from keras_lowbit.checks import checked_count
+from keras_lowbit.checks import checked_count, checked_number
 
 K = keras.layers
 # Images of at most this many pixels a side get an architecture's small variant.
@@ -30,8 +29,7 @@ def image_input(input_shape, alpha, small):
         raise ValueError(
             f"input_shape must be (height, width, channels), whole and positive. Got {input_shape}"
         )
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha, the width multiplier, must be positive. Got {alpha!r}")
+    checked_number(alpha, who="alpha, the width multiplier,", above=0)
     if small is None:
         small = max(shape[:2]) <= SMALL_PIXELS
     return keras.Input(shape, name="image"), bool(small)
