@@ -50,7 +50,7 @@ class Quantizer(Switched, keras.layers.Layer):
         ValueError: `bits` or `role` out of range.
     """
 
-    roles = ROLES
+    roles: tuple[str, ...] = ROLES
     breaks: frozenset[str] = frozenset()
     moves_bits = True
     fits_data = True

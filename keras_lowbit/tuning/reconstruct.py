@@ -87,7 +87,7 @@ def reconstruct(
     rates: Rates | None = None,
     block_rates: Mapping[str, Rates] | None = None,
     folder: str | os.PathLike | None = None,
-    memory: int = 2**30,
+    memory: float = 2**30,
     seed: int = 0,
     jit_compile: bool | None = None,
 ) -> Reconstruction:
