@@ -24,7 +24,8 @@ class AveragePooling2D(keras.layers.AveragePooling2D):
     With a `zero_point` the layer takes and gives codes: the mean is rounded back to the grid of
     what it reads, as AVERAGE_POOL_2D does it in files, half away from zero once `zero_point` is
     added. `quantize_model` asks for that where windows reach over the border; other means become
-    sums, which round once, with the grid behind them.
+    sums, which round once, with the grid behind them. The reals that a quantizer lets pass while
+    it is calibrated or switched off are told from codes by not being whole, and pooled as reals.
 
     Args:
         zero_point: the int8 code of code 0, 0 or -128; `None`: the layer pools reals.
@@ -71,8 +72,12 @@ class AveragePooling2D(keras.layers.AveragePooling2D):
         share = np.prod(self.pool_size) / self._seen(inputs)
         return means * ops.convert_to_tensor(share, means.dtype)
 
-    def _mean_codes(self, codes):
-        means = self._means(codes)
+    def _mean_codes(self, inputs):
+        means = self._means(inputs)
+        are_codes = ops.all(ops.equal(inputs, ops.round(inputs)))
+        return ops.where(are_codes, self._rounded(means, inputs), means)
+
+    def _rounded(self, means, codes):
         seen = ops.convert_to_tensor(self._seen(codes), means.dtype)
         # Whole sums again: a mean in floats may lie on either side of a half.
         sums = ops.round(ops.stop_gradient(means) * seen) + self.zero_point * seen

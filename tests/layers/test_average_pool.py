@@ -6,9 +6,11 @@ import pytest
 from keras import ops
 
 from keras_lowbit import NotExportable, calibrate, layers, quantize_model
+from keras_lowbit.callbacks.switches import add_switches
 from keras_lowbit.integer import reference
 from keras_lowbit.integer.build import integer_graph
 from keras_lowbit.numerics.windows import same_padding
+from keras_lowbit.quantizers.sites import sites_of
 from tests.gradients import gradient
 
 
@@ -74,6 +76,47 @@ def test_means_of_codes_round_as_the_runtime_rounds_int8(zero_point, codes, expe
     layer = layers.AveragePooling2D((1, 2), 1, padding="same", zero_point=zero_point)
     found = ops.convert_to_numpy(layer(row(codes))).reshape(-1)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("zero_point", [0, -128])
+def test_reals_of_a_quantizer_that_looks_on_are_not_rounded(zero_point):
+    layer = layers.AveragePooling2D((1, 2), 1, padding="same", zero_point=zero_point)
+    found = ops.convert_to_numpy(layer(row([0.2, 0.25, 0.0]))).reshape(-1)
+    np.testing.assert_allclose(found, [0.225, 0.125, 0.0], rtol=1e-6)  # float32
+
+
+def padded_pool(relu):
+    """A pool over the border between convolutions, outputs well below 1.0."""
+    inputs = keras.Input((7, 6, 3))
+    x = keras.layers.Conv2D(8, 3, activation="relu" if relu else None)(inputs)
+    x = keras.layers.AveragePooling2D(3, strides=1, padding="same", name="pool")(0.1 * x)
+    x = keras.layers.Conv2D(8, 1, activation="relu", name="after")(x)
+    x = keras.layers.GlobalAveragePooling2D(name="mean")(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_scales_behind_a_padded_pool_are_those_of_the_float_model(relu):
+    model = padded_pool(relu)
+    images = np.random.default_rng(0).normal(size=(64, 7, 6, 3)).astype("float32")
+    small = calibrate(quantize_model(model, "w8a8"), images, method="minmax")
+    behind = keras.Model(model.inputs, model.get_layer("after").output)
+    largest = behind.predict(images, verbose=0).max()
+    scale = ops.convert_to_numpy(small.get_layer("after_quantize").quantizer.scale)
+    np.testing.assert_allclose(scale * 255, largest, rtol=0.02)  # kernels of 8 bits
+
+
+def test_a_padded_pool_of_a_model_switched_off_pools_reals():
+    model = padded_pool(True)
+    images = np.random.default_rng(0).normal(size=(8, 7, 6, 3)).astype("float32")
+    small = calibrate(quantize_model(model, "w8a8"), images)
+    quantizers = [site.quantizer for site in sites_of(small)]
+    add_switches(small, quantizers)
+    for quantizer in quantizers:
+        quantizer.set_enabled(False)
+    wanted, got = (m.predict(images, verbose=0) for m in (model, small))
+    # float32, summed in another order
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_rounding_passes_the_gradient_of_the_means_on():
