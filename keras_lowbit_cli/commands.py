@@ -203,7 +203,7 @@ COMMANDS = {
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a check failed (wrong codes, objections, training that broke); "
-    "2 bad input; 130 interrupted."
+    "2 bad input; 130 interrupted; 143 terminated."
 )
 
 

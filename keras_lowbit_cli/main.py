@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -15,13 +16,18 @@ from absl import app, flags
 
 from keras_lowbit_cli.commands import COMMANDS, group, help_of, overview
 
-BROKEN_TRAINING, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+BROKEN_TRAINING, BAD_INPUT, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 130, 141, 143
 _DEBUG = "--debug"
 _HELP = ("--help", "-h", "-help", "help")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: of `kill`, of a queue whose time is up, of a machine that is taken away."""
+
+
 def entry() -> None:
     """The program: `sys.argv` in, `SystemExit` out."""
+    signal.signal(signal.SIGTERM, _terminate)
     # absl starts and ends the program; its own flags keep their defaults, ours are parsed below.
     app.run(
         lambda argv: main(argv[1:]),
@@ -34,8 +40,9 @@ def main(argv: list[str]) -> int:
     """Run one command line (without the program's name) and return its exit code."""
     try:
         return _run(argv)
-    except KeyboardInterrupt:
-        return _complain("interrupted; the same command goes on or starts again", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        how, code = _ENDS[isinstance(error, Terminated)]
+        return _complain(f"{how}; the same command goes on or starts again", code)
     except BrokenPipeError:
         # Whoever read our output is gone; Python must not fail once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -47,6 +54,14 @@ def main(argv: list[str]) -> int:
         if _DEBUG in argv:
             traceback.print_exc()
         return _complain(one_line(error), code)
+
+
+_ENDS = (("interrupted", INTERRUPTED), ("terminated", TERMINATED))
+
+
+def _terminate(*_):
+    # As an exception it passes what cleans up: no partial file, no memory map stays behind.
+    raise Terminated
 
 
 def _run(argv):

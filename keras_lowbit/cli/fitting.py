@@ -16,6 +16,7 @@ from keras_lowbit import data as datasets
 from keras_lowbit import walk
 from keras_lowbit.callbacks import BitDescent, Resume, ScaleGuard
 from keras_lowbit.cli.files import write_text
+from keras_lowbit.cli.interrupts import Interrupts
 from keras_lowbit.cli.methods import (
     STAGE_BATCHES,
     Methods,
@@ -80,13 +81,19 @@ def fit(
         "jit_compile": jit_compile_for(model, train.xla),
     }
 
+    interrupts = Interrupts()
+
     def watching(_):
-        return [ScaleGuard(), batches.follow_epochs(), HistoryFile(history)]
+        return [interrupts, ScaleGuard(), batches.follow_epochs(), HistoryFile(history)]
 
     if methods.cycles:
-        _fit_cycles(learner, batches, train, methods, watching, compile_options, backup, options)
+        with interrupts:
+            _fit_cycles(
+                learner, batches, train, methods, watching, compile_options, backup, options
+            )
     else:
-        callbacks = [ScaleGuard(), batches.follow_epochs(), *callbacks_of(methods, train, batches)]
+        callbacks = [interrupts, ScaleGuard(), batches.follow_epochs()]
+        callbacks += callbacks_of(methods, train, batches)
         if train.bit_descent:
             callbacks.append(BitDescent(train.descent, verbose=int(bool(verbose))))
         if methods.snap_epoch >= 0:
@@ -96,7 +103,8 @@ def fit(
             # Kept: a kill after the last epoch and before the model is saved costs nothing.
             callbacks.append(Resume(backup, keep=True))
         learner.compile(optimizer=_optimizer(train, len(batches), learner), **compile_options)
-        learner.fit(batches, epochs=train.epochs, callbacks=callbacks, **options)
+        with interrupts:
+            learner.fit(batches, epochs=train.epochs, callbacks=callbacks, **options)
     if train.reestimate_batches:
         # What training saw, shifted and mirrored: other statistics would move every feature. By
         # the number of epochs, so that a run that resumes behind the last one draws the same.

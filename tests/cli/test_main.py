@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import keras
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from keras_lowbit.callbacks.scale_guard import ScaleError
 from keras_lowbit.cli import handlers
 from keras_lowbit_cli.commands import COMMANDS
-from keras_lowbit_cli.main import one_line
+from keras_lowbit_cli.main import Terminated, one_line
 
 pytestmark = pytest.mark.once
 
@@ -104,6 +106,7 @@ class NarrowerError(ScaleError):
         (NarrowerError("Layer conv: NaN"), 1, "Layer conv: NaN"),
         (FloatingPointError("block stem is nan"), 1, "block stem is nan"),
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on or starts again"),
+        (Terminated(), 143, "terminated; the same command goes on or starts again"),
     ],
 )
 def test_errors_have_an_exit_code_and_one_line(run, monkeypatch, error, code, said):
@@ -156,6 +159,29 @@ def test_a_process_ends_with_the_exit_code_and_one_line(tmp_path):
     assert done.stderr.splitlines()[-1] == f"error: {tmp_path / 'no.keras'}: no such file"
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_training_ends_by_a_signal_and_leaves_nothing_half_written(
+    recipe, tmp_path, number, code, word
+):
+    out = tmp_path / "out"
+    line = [sys.executable, "-m", "keras_lowbit_cli", "train"]
+    line += [str(recipe()), "--out", str(out), "--epochs=100000"]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while process.poll() is None and not (out / "history.csv").is_file():
+                time.sleep(0.05)
+            process.send_signal(number)
+            said = process.communicate(timeout=120)[1]
+        finally:
+            process.kill()
+    wanted = f"error: {word}; the same command goes on or starts again"
+    assert (process.returncode, said.splitlines()[-1]) == (code, wanted)
+    assert not [path.name for path in out.rglob("*.partial*")]
 
 
 @pytest.mark.runtime

@@ -1,0 +1,48 @@
+"""Signals whose exception Keras swallows still end a training."""
+
+import signal
+
+import keras
+import numpy as np
+import pytest
+
+from keras_lowbit.cli.interrupts import Interrupts
+
+
+def model():
+    made = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    made.compile("sgd", "mse")
+    return made
+
+
+class Swallowed(keras.callbacks.Callback):
+    """SIGINT in the second batch, where nothing passes."""
+
+    seen = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen += 1
+        if self.seen == 2:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+
+def test_an_exception_that_was_swallowed_is_raised_at_the_next_batch():
+    before = signal.getsignal(signal.SIGINT)
+    swallowed = Swallowed()
+    x = np.ones((64, 2), np.float32)
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
+        model().fit(x, x[:, :1], batch_size=8, verbose=0, callbacks=[interrupts, swallowed])
+    assert swallowed.seen == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_handlers_that_do_not_raise_are_left_alone():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGTERM)
+        assert interrupts.error is None
+    finally:
+        signal.signal(signal.SIGTERM, before)
