@@ -57,6 +57,12 @@ def config_of(original) -> dict:
             setattr(original, key, value)
 
 
+def constraints_of(layer) -> list[str]:
+    """Names of a layer's arguments that constrain its weights, such as `kernel_constraint`."""
+    given = config_of(layer)
+    return [key for key, value in given.items() if key.endswith("_constraint") and value]
+
+
 def rebuilt(original, config, cls=None):
     """A layer or operation of `config`, which is the original's with some entries changed.
 

@@ -19,6 +19,7 @@ from keras_lowbit.kinds import activation_name, batch_norm_of, kind_of
 from keras_lowbit.numerics.arrays import float64_of
 from keras_lowbit.transform.copies import (
     config_of,
+    constraints_of,
     rebuilt,
     rebuilt_model,
     refuse_changed,
@@ -54,7 +55,8 @@ def fold_batchnorm(
     """A copy of a float model with batch norms folded into the layers in front of them.
 
     Outputs in inference are the same up to float32 rounding. A folded layer has a bias, and its
-    kernel is `gain * kernel`. `quantize_model` needs no folding (a batch norm's gain goes into
+    kernel is `gain * kernel`; it has no constraints, and regularizers weigh its new numbers.
+    `quantize_model` needs no folding (a batch norm's gain goes into
     kernel scales at export); this is for methods that are defined on folded models.
 
     Args:
@@ -132,7 +134,10 @@ def _rebuild(program, pairs, name):
         if id(call) not in norm_of:
             return None
         original = call.operation
-        layer = rebuilt(original, {**config_of(original), "name": call.plain, "use_bias": True})
+        config = {**config_of(original), "name": call.plain, "use_bias": True}
+        # They were said of other numbers: the first step would press `gain * kernel` into them.
+        config |= dict.fromkeys(constraints_of(original))
+        layer = rebuilt(original, config)
         results = layer(*args)
         layer.set_weights(_folded(original, norm_of[id(call)]))
         return results

@@ -23,7 +23,7 @@ from keras_lowbit.kinds import activation_name, kind_of
 from keras_lowbit.numerics.arrays import float64_of
 from keras_lowbit.progress import track
 from keras_lowbit.transform.batches import checked_batches
-from keras_lowbit.transform.copies import set_weights
+from keras_lowbit.transform.copies import constraints_of, set_weights
 
 METHODS = ("fat", "cle", "activations")
 FACTORS = (1e-2, 1e2)
@@ -254,6 +254,9 @@ def _follow(first, readers, outputs, times):
         return f"{call.name} is called {times[id(call.operation)]} times"
     if getattr(call.operation, "groups", 1) != 1:
         return f"{call.name} has groups"
+    for layer in (first.operation, call.operation):
+        if constraints_of(layer):
+            return f"{layer.name} has a {constraints_of(layer)[0]}, which rescaling would break"
     return call, capped
 
 

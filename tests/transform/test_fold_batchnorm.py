@@ -211,3 +211,16 @@ def test_a_model_without_a_graph_is_refused():
 
     with pytest.raises(ValueError, match="has no graph to read"):
         fold_batchnorm(Own(name="own"))
+
+
+def test_a_folded_layer_is_not_pressed_into_constraints_of_the_kernel_before(tmp_path):
+    inputs = keras.Input((7, 5, 3))
+    x = K.Conv2D(3, 1, kernel_constraint="unit_norm", bias_constraint="non_neg", name="c")(inputs)
+    folded = fold_batchnorm(hostile(keras.Model(inputs, K.BatchNormalization()(x))))
+    layer = folded.get_layer("c")
+    assert (layer.kernel_constraint, layer.bias_constraint) == (None, None)
+    before = folded.get_weights()
+    folded.compile(keras.optimizers.SGD(1e-12), "mse")
+    folded.fit(np.ones((1, 7, 5, 3)), np.zeros((1, 7, 5, 3)), verbose=0)
+    for old, new in zip(before, folded.get_weights(), strict=True):
+        np.testing.assert_allclose(new, old, atol=1e-6)  # float32

@@ -200,3 +200,17 @@ def test_a_grouped_reader_is_named(method):
 def test_arguments_out_of_range_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         rescale_pairs(net(), IMAGES, **options)
+
+
+@pytest.mark.parametrize(("name", "argument"), [("dw", "depthwise"), ("pw", "kernel")])
+def test_layers_with_constraints_are_left_alone(name, argument):
+    model = net()
+    layer = model.get_layer(name)
+    changed = {f"{argument}_constraint": "unit_norm"}
+
+    def clone(old):
+        return type(old).from_config({**old.get_config(), **(changed if old is layer else {})})
+
+    constrained = keras.models.clone_model(model, clone_function=clone)
+    with pytest.raises(ValueError, match=rf"{name} has a {argument}_constraint, which resc"):
+        rescale_pairs(constrained, IMAGES)
