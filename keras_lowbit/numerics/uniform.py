@@ -56,7 +56,7 @@ def quantize(x, scale, lo, hi, gradient_scale=1.0):
         code = round(clip(x / scale, lo, hi)),   half to even
 
     Args:
-        x: reals, any shape.
+        x: finite reals, any shape; what infinities become differs between backends.
         scale: reals per code, positive, broadcastable to `x`.
         lo: lowest code.
         hi: highest code.
