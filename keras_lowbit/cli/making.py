@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 
+from keras_lowbit import walk
 from keras_lowbit.cli import files, measure
 from keras_lowbit.cli.pixels import range_of
-from keras_lowbit.transform import calibrate, fold_batchnorm, quantize_model, rescale_pairs
+from keras_lowbit.transform import (
+    calibrate,
+    fold_batchnorm,
+    quantize_model,
+    reestimate_batchnorm,
+    rescale_pairs,
+)
+from keras_lowbit.transform.reestimate import never_trained
 
 
 def float_model(recipe, dataset):
@@ -40,7 +49,16 @@ def calibration_images(recipe, dataset):
 
 
 def quantized(model, recipe, dataset):
-    """The quantized, calibrated model of a recipe."""
+    """The quantized, calibrated model of a recipe.
+
+    Of a model from random weights that has batch norms they get their statistics from the images
+    first, or the scales would fit activations that no training makes.
+    """
     images = calibration_images(recipe, dataset)
+    if never_trained(walk.flatten(model)):
+        weights = model.get_weights()
+        model = keras.models.clone_model(model)
+        model.set_weights(weights)
+        reestimate_batchnorm(model, images)
     made = quantize_model(model, recipe.scheme, input_range=range_of(dataset))
     return calibrate(made, images, method=recipe.quantize.method)

@@ -20,6 +20,7 @@ from keras_lowbit.transform.batches import CheckedBatches
 from keras_lowbit.transform.kernels import fit_kernels
 from keras_lowbit.transform.leave_ties import leave_ties
 from keras_lowbit.transform.plan import OF_IMAGES
+from keras_lowbit.transform.reestimate import never_trained
 from keras_lowbit.transform.snap_biases import snap_biases
 
 # Values kept of each tensor for the search of its scale; more do not move 8-bit scales.
@@ -66,7 +67,8 @@ def calibrate(
             the model's, numbers below 1, or a data set without end and no `steps`.
 
     Warns:
-        UserWarning: values fade away in a deep net whose batch norms have never seen data.
+        UserWarning: batch norms that have never seen data, in front of grids below 8 bits: training
+            makes other activations than those that arrive now. Or values fade away in a deep net.
     """
     checked_choice(method, METHODS, who="calibrate: method")
     checked_count(batch_size, who="calibrate: batch_size", least=1)
@@ -91,11 +93,25 @@ def calibrate(
         if id(quantizer) in of_images:
             quantizer.check_images(x)
     collected = [(q, x) for q, x in collected if not (only_new and q.is_calibrated)]
-    _warn_of_fading(program, collected)
+    if not _warn_of_fading(program, collected):
+        _warn_of_untrained(model.name, program, collected)
     for quantizer, x in collected:
         quantizer.fit_scale(x, method)
     leave_ties(model, [quantizer for quantizer, _ in collected])
     return snap_biases(model)
+
+
+def _warn_of_untrained(name, program, collected):
+    """Say it where scales fit what no training will see: few bits then never learn."""
+    fresh = never_trained(program)
+    if fresh and any(q.bits < 8 for q, _ in collected):
+        warnings.warn(
+            f"calibrate: batch norms of {name} never saw data ({fresh[:3]}: mean 0, "
+            "variance 1), so scales fit activations that training will not make, and few bits may "
+            "not learn from there. Train the float model first, or run "
+            "keras_lowbit.reestimate_batchnorm(float_model, images) before quantize_model",
+            stacklevel=3,
+        )
 
 
 def _warn_of_fading(program, collected):
@@ -117,7 +133,8 @@ def _warn_of_fading(program, collected):
                     "quantize_model",
                     stacklevel=3,
                 )
-                return
+                return True
+    return False
 
 
 def _image_grids(program) -> set[int]:

@@ -87,6 +87,21 @@ def reestimate_batchnorm(
     return model
 
 
+def never_trained(program: walk.Program) -> list[str]:
+    """Names of batch norms that are as they were made: gain 1, shift 0, mean 0 and variance 1."""
+    found = {}
+    for call in program.calls:
+        norm = call.operation
+        if not isinstance(norm, keras.layers.BatchNormalization):
+            continue
+        ones = [norm.moving_variance, *([norm.gamma] if norm.scale else [])]
+        zeros = [norm.moving_mean, *([norm.beta] if norm.center else [])]
+        fresh = all((float64_of(v) == 1).all() for v in ones)
+        if fresh and not any(float64_of(v).any() for v in zeros):
+            found[call.name] = None
+    return list(found)
+
+
 def _learns_statistics(call):
     norm = isinstance(call.operation, keras.layers.BatchNormalization)
     return norm and call.operation.trainable and call.kwargs.get("training") is not False

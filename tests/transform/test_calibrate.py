@@ -1,5 +1,6 @@
 import gc
 import itertools
+import warnings
 import weakref
 
 import keras
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_lowbit import layers
+from keras_lowbit import layers, walk
 from keras_lowbit.integer.build import integer_graph
 from keras_lowbit.quantizers import get as quantizer_of
 from keras_lowbit.transform import calibrate, quantize_model, reestimate_batchnorm
 from keras_lowbit.transform.ready import uncalibrated
+from keras_lowbit.transform.reestimate import never_trained
 
 K = keras.layers
 
@@ -379,3 +381,38 @@ def test_zeros_have_no_end_to_reach():
     model = calibrate(quantize_model(model, "w8a8"), images())  # any warning fails a test here
     # Any scale fits zeros: that of 1.0 as the last of the codes -128..127.
     assert scales(model)["dead_quantize"] == np.float32(1 / 127)
+
+
+def untrained():
+    """Digits to classes by two batch norms that never saw data."""
+    inputs = keras.Input((8, 8, 1))
+    x = inputs
+    for i in range(2):
+        x = keras.layers.Conv2D(8, 3, padding="same", use_bias=False)(x)
+        x = keras.layers.BatchNormalization(name=f"norm{i}")(x)
+        x = keras.layers.ReLU()(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(4)(x), name="untrained")
+
+
+class TestUntrainedBatchNorms:
+    images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 1)).astype("float32")
+
+    def test_few_bits_in_front_of_training_are_warned_of_with_the_way_out(self):
+        model = untrained()
+        said = r"norms of untrained.* never saw data \(\['norm0', 'norm1'\]: .*reestimate_batchnorm"
+        with pytest.warns(UserWarning, match=said):
+            calibrate(quantize_model(model, "w4a4"), self.images)
+        reestimate_batchnorm(model, self.images)
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            calibrate(quantize_model(model, "w4a4"), self.images)
+
+    def test_eight_bits_are_not(self):
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            calibrate(quantize_model(untrained(), "w8a8"), self.images)
+
+    def test_norms_whose_gain_or_mean_moved_are_trained(self):
+        model = untrained()
+        model.get_layer("norm0").gamma.assign(np.full(8, 2.0))
+        model.get_layer("norm1").moving_mean.assign(np.full(8, 0.1))
+        assert never_trained(walk.flatten(model)) == []
