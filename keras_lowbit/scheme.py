@@ -108,6 +108,14 @@ class Scheme:
     binary_activation: str = "heaviside"
 
     def __post_init__(self):
+        for name in ("kernel", "activation"):
+            given = getattr(self, name)
+            if not isinstance(given, str):
+                raise ValueError(
+                    f"Scheme: {name} is the name of a quantizer, such as 'lsq'. Got {given!r}"
+                )
+            # As in the registry, which takes names in any case.
+            object.__setattr__(self, name, given.lower())
         if self.kernel == TERNARY:
             if self.kernel_bits not in (TERNARY_BITS, Scheme.kernel_bits):
                 raise ValueError(

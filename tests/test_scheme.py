@@ -137,6 +137,15 @@ def test_signs_without_one_bit_are_refused():
         Scheme(1, 1, activation="sign")
 
 
+def test_names_of_quantizers_are_taken_in_any_case():
+    assert Scheme(kernel="LSQ", activation="LSQ") == Scheme()
+    assert Scheme(kernel="Ternary").kernel_bits == 2
+    assert Scheme(8, 8, kernel="Levels").widths("stem", is_end=True) == Widths(8, 8, "lsq")
+    assert Scheme(4, 8, kernel="DoReFa").widths("stem", is_end=True) == Widths(8, 8, "lsq")
+    with pytest.raises(ValueError, match="1-bit activations only"):
+        Scheme(1, 1, activation="Sign")
+
+
 def test_eight_bit_layers_beside_dorefa_take_another_quantizer():
     scheme = Scheme(4, 4, kernel="dorefa", exceptions={"a": "w8a8", "b": "w3a3"})
     assert scheme.widths("end", is_end=True).kernel == "lsq"
@@ -149,6 +158,8 @@ def test_eight_bit_layers_beside_dorefa_take_another_quantizer():
     [
         ({"kernel_options": {"bits": 2}}, "bits follows from the scheme"),
         ({"exceptions": ["a"]}, r"exceptions is a mapping\. Got \['a'\]"),
+        ({"kernel": None}, r"^Scheme: kernel is the name of a quantizer, .*\. Got None"),
+        ({"activation": 5}, r"^Scheme: activation is the name of a quantizer, .*\. Got 5"),
     ],
 )
 def test_fields_of_a_wrong_form_are_refused(fields, message):

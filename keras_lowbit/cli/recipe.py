@@ -83,6 +83,10 @@ class Quantize:
     calibration_images: int = 512
     method: str = "mse"
 
+    def __post_init__(self):
+        for key in ("kernel", "activation"):
+            object.__setattr__(self, key, getattr(self, key).lower())
+
 
 @dataclass(frozen=True)
 class Reconstruct:

@@ -144,6 +144,14 @@ def test_the_scheme_gathers_the_quantize_section(tmp_path):
     assert not scheme.per_channel
 
 
+def test_names_of_quantizers_are_taken_in_any_case(tmp_path):
+    text = "[quantize]\nkernel='Levels'\nactivation='Channel_Balanced'\n[train]\nepochs=2\n"
+    recipe = read(tmp_path, f"{text}[methods]\nbalance=true\nsnap_epoch=1")
+    quantize, scheme = recipe.quantize, recipe.scheme
+    assert (quantize.kernel, quantize.activation) == ("levels", "channel_balanced")
+    assert (scheme.kernel, scheme.activation) == ("levels", "channel_balanced")
+
+
 def test_without_a_scheme_the_model_stays_float(tmp_path):
     assert read(tmp_path, "[quantize]\nscheme = ''").scheme is None
 
