@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keras_lowbit.checks import did_you_mean
-from keras_lowbit.numerics.grid import MAGNITUDE_BITS, MAX_EXPORT_BITS, check_bits
+from keras_lowbit.numerics.grid import MAGNITUDE_BITS, checked_width
 
 _SHORT = re.compile(r"w(?P<kernel>\d+|t)a(?P<activation>\d+)")
 TERNARY, TERNARY_BITS = "ternary", 2
@@ -21,7 +21,7 @@ BINARY_ACTIVATIONS = ("heaviside", SIGN)
 _LEVELS = "levels"
 _FEW_LEVELS, _BESIDE = (TERNARY, _LEVELS), "lsq"
 # Arguments of quantizers that a scheme gives itself.
-_DECIDED = ("bits", "role", "axis", "signed", "target_bits")
+DECIDED = ("bits", "role", "axis", "signed", "target_bits")
 # Bits that a kernel's quantizer takes, where fewer than 8: DoReFa's are those of a magnitude.
 _LARGEST = {"dorefa": MAGNITUDE_BITS}
 
@@ -41,19 +41,16 @@ class Widths:
     kernel: str | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "kernel_bits", check_bits(self.kernel_bits, who="kernel_bits"))
-        bits = check_bits(self.activation_bits, who="activation_bits")
-        object.__setattr__(self, "activation_bits", bits)
         for name in ("kernel_bits", "activation_bits"):
-            given = getattr(self, name)
-            if given > MAX_EXPORT_BITS:
-                raise ValueError(f"{name} must be from 1 to {MAX_EXPORT_BITS}. Got {given}")
+            object.__setattr__(self, name, checked_width(getattr(self, name), who=name))
 
     @classmethod
     def parse(cls, text: str) -> Widths:
         """`"w4a8"` -> kernels at 4 bits, activations at 8; `"wta8"` -> ternary kernels."""
         if not isinstance(text, str):
-            raise ValueError(f"Bits of a layer are a string such as 'w4a8', or None. Got {text!r}")
+            raise ValueError(
+                f"Bits of a layer are a string such as 'w4a8', or {FLOAT!r}. Got {text!r}"
+            )
         match = _SHORT.fullmatch(text.strip().lower())
         if not match:
             known = [f"w{w}a{a}" for w in (8, 6, 4, 3, 2, 1, "t") for a in (8, 6, 4, 3, 2, 1)]
@@ -83,8 +80,8 @@ class Scheme:
         ends_bits: width of the first and last layers' kernels and inputs; `None` treats them
             like the others, `"float"` leaves them float, as many papers do: such a model trains
             and answers, but no integer file holds it.
-        exceptions: layer-name pattern (`*` and `?` as in a shell) to `"w8a8"`, or to `None` for
-            a layer that stays float. The last pattern that matches wins.
+        exceptions: layer-name pattern (`*` and `?` as in a shell) to `"w8a8"`, or to `"float"` or
+            `None` for a layer that stays float. The last pattern that matches wins.
         kernel_options: more arguments of the quantizers that `kernel` names, such as
             `{"gradient": "sigmoid"}`.
         activation_options: likewise for `activation`.
@@ -123,25 +120,32 @@ class Scheme:
                     f"kernel_bits={self.kernel_bits!r}; leave it out"
                 )
             object.__setattr__(self, "kernel_bits", TERNARY_BITS)
-        Widths(self.kernel_bits, self.activation_bits)
+        for name in ("kernel_bits", "activation_bits"):
+            checked_width(getattr(self, name), who=f"Scheme: {name}")
         if isinstance(self.ends_bits, str) and self.ends_bits != FLOAT:
             raise ValueError(
                 f"Scheme: ends_bits is a width from 1 to 8, None or {FLOAT!r}. "
                 f"Got {self.ends_bits!r}"
             )
         if self.ends_bits not in (None, FLOAT):
-            Widths(self.ends_bits, self.ends_bits)
+            checked_width(self.ends_bits, who="Scheme: ends_bits")
         for name in ("exceptions", "kernel_options", "activation_options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"Scheme: {name} is a mapping. Got {getattr(self, name)!r}")
-            own = [key for key in _DECIDED if name != "exceptions" and key in getattr(self, name)]
+            odd = [key for key in getattr(self, name) if not isinstance(key, str)]
+            if odd:
+                raise ValueError(f"Scheme: names in {name} are strings. Got {odd[0]!r}")
+            own = [key for key in DECIDED if name != "exceptions" and key in getattr(self, name)]
             if own:
                 raise ValueError(
                     f"Scheme: {own[0]} follows from the scheme; leave it out of {name}"
                 )
-        for widths in self.exceptions.values():
+        # Files have no `None`, and beside `ends_bits` the word is the same.
+        named = {k: None if v == FLOAT else v for k, v in self.exceptions.items()}
+        object.__setattr__(self, "exceptions", named)
+        for pattern, widths in named.items():
             if widths is not None:
-                Widths.parse(widths)
+                _parsed(pattern, widths)
         self._check_binary_activation()
 
     def _check_binary_activation(self):
@@ -229,3 +233,10 @@ class Scheme:
         return [
             p for p in self.exceptions if not any(fnmatch.fnmatchcase(n, p) for n in layer_names)
         ]
+
+
+def _parsed(pattern, text):
+    try:
+        return Widths.parse(text)
+    except ValueError as error:
+        raise ValueError(f"Scheme: exceptions[{pattern!r}]: {error}") from error

@@ -25,10 +25,11 @@ def test_bits_out_of_range_are_refused(given):
         Scheme.of(given)
 
 
-@pytest.mark.parametrize("bits", [0, 9, 2.5, True])
+@pytest.mark.parametrize("bits", [-1, 0, 9, 2.5, True])
 def test_bits_of_fields_are_checked(bits):
     for key in ("kernel_bits", "activation_bits", "ends_bits"):
-        with pytest.raises(ValueError, match="from 1 to"):
+        message = rf"^Scheme: {key} must be a whole number from 1 to 8\. Got {bits}$"
+        with pytest.raises(ValueError, match=message):
             Scheme(**{key: bits})
 
 
@@ -73,12 +74,22 @@ def test_a_mapping_without_star_means_8_bits_elsewhere():
 
 
 def test_exceptions_are_checked_at_once():
-    with pytest.raises(ValueError, match="Unknown scheme 'w4x4'"):
+    place = r"^Scheme: exceptions\['head'\]: "
+    with pytest.raises(ValueError, match=f"{place}Unknown scheme 'w4x4'"):
         Scheme(exceptions={"head": "w4x4"})
-    with pytest.raises(ValueError, match="Unknown scheme 'w4x4'"):
+    with pytest.raises(ValueError, match=f"{place}Unknown scheme 'w4x4'"):
         Scheme.of({"head": "w4x4"})
-    with pytest.raises(ValueError, match=r"a string such as 'w4a8', or None\. Got 4"):
+    with pytest.raises(ValueError, match=rf"{place}.*such as 'w4a8', or 'float'\. Got 4"):
         Scheme(exceptions={"head": 4})
+    with pytest.raises(ValueError, match=f"{place}kernel_bits must be .* from 1 to 8. Got 99"):
+        Scheme(exceptions={"head": "w99a1"})
+
+
+def test_an_exception_stays_float_by_name_or_by_none():
+    named = Scheme(exceptions={"head": "float"})
+    assert named == Scheme(exceptions={"head": None})
+    assert named.widths("head", is_end=True) is None
+    assert Scheme.of({"*": "w4a4", "head": "float"}).widths("head", is_end=True) is None
 
 
 def test_patterns_that_match_nothing_are_found():
@@ -158,6 +169,8 @@ def test_eight_bit_layers_beside_dorefa_take_another_quantizer():
     [
         ({"kernel_options": {"bits": 2}}, "bits follows from the scheme"),
         ({"exceptions": ["a"]}, r"exceptions is a mapping\. Got \['a'\]"),
+        ({"exceptions": {5: "w4a4"}}, r"names in exceptions are strings\. Got 5"),
+        ({"activation_options": {5: 1}}, r"names in activation_options are strings\. Got 5"),
         ({"kernel": None}, r"^Scheme: kernel is the name of a quantizer, .*\. Got None"),
         ({"activation": 5}, r"^Scheme: activation is the name of a quantizer, .*\. Got 5"),
     ],

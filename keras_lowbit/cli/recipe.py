@@ -263,7 +263,6 @@ class Recipe:
         given = self.quantize
         if not given.scheme:
             return None
-        exceptions = {k: None if v == "float" else v for k, v in given.exceptions.items()}
         named = Scheme.of(given.scheme)
         return dataclasses.replace(
             named,
@@ -275,7 +274,7 @@ class Recipe:
             activation_options=given.activation_options,
             per_channel=given.per_channel,
             ends_bits=given.ends_bits or None,
-            exceptions=exceptions,
+            exceptions=given.exceptions,
         )
 
 

@@ -7,6 +7,7 @@ zero point of the container. A grid of 8-bit activations may reach from any `lo 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -23,9 +24,23 @@ ROLES = ("kernel", "activation")
 
 def check_bits(bits: int, *, who: str) -> int:
     """Return `bits` as an int, or raise `ValueError` naming `who`."""
+    return checked_width(bits, who=f"{who}: bits", most=MAX_BITS)
+
+
+def checked_width(bits: Any, *, who: str, most: int = MAX_EXPORT_BITS) -> int:
+    """`bits` as an int, if it is a whole number from 1 to `most`.
+
+    Args:
+        bits: what was given.
+        who: what it was given for, such as `"Scheme: ends_bits"`; the error begins with it.
+        most: largest allowed.
+
+    Raises:
+        ValueError: anything else.
+    """
     number = isinstance(bits, (int, float, np.integer, np.floating)) and not isinstance(bits, bool)
-    if not number or not float(bits).is_integer() or not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"{who}: bits must be a whole number from 1 to {MAX_BITS}. Got {bits!r}")
+    if not number or not float(bits).is_integer() or not 1 <= bits <= most:
+        raise ValueError(f"{who} must be a whole number from 1 to {most}. Got {bits!r}")
     return int(bits)
 
 

@@ -90,7 +90,16 @@ def test_whole_numbers_are_taken_for_reals(tmp_path):
         ),
         ("[pretrain]\nepochs = 1\nteacher = 'a.keras'", "teacher belong to [train]"),
         ("[quantize]\nscheme = 'w4b4'", "[quantize]: Unknown scheme 'w4b4'"),
-        ("[quantize]\nscheme = 'w9a9'", "must be from 1 to 8. Got 9"),
+        ("[quantize]\nscheme = 'w9a9'", "must be a whole number from 1 to 8. Got 9"),
+        (
+            "[quantize]\nends_bits = 9",
+            "[quantize]: Scheme: ends_bits must be a whole number",
+        ),
+        (
+            "[quantize]\nexceptions = { logits = 5 }",
+            "[quantize]: Scheme: exceptions['logits']: Bits of a layer are a string such as "
+            "'w4a8', or 'float'. Got 5",
+        ),
         ("[quantize]\nexceptions = {stem = 'four'}", "Unknown scheme 'four'"),
         (
             "[quantize]\nkernel = 'lsqq'",
