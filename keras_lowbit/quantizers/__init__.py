@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 import keras
 
 from keras_lowbit.checks import did_you_mean
+from keras_lowbit.numerics.grid import ROLES
 from keras_lowbit.quantizers.affine import Affine
 from keras_lowbit.quantizers.base import Quantizer
 from keras_lowbit.quantizers.channel_balanced import ChannelBalanced
@@ -18,6 +21,7 @@ from keras_lowbit.quantizers.percentile import Percentile
 from keras_lowbit.quantizers.sign import Sign
 from keras_lowbit.quantizers.ternary import Ternary
 from keras_lowbit.quantizers.threshold import Threshold
+from keras_lowbit.scheme import DECIDED
 
 __all__ = [
     "LSQ",
@@ -68,8 +72,8 @@ def get(identifier, **defaults):
             taken as it is.
 
     Raises:
-        ValueError: unknown name (the nearest is suggested), another type, arguments of a wrong
-            type, or a quantizer of kernels for activations and the reverse.
+        ValueError: unknown name or argument (the nearest is suggested), another type, arguments of
+            a wrong type, or a quantizer of kernels for activations and the reverse.
     """
     if identifier is None:
         return None
@@ -81,6 +85,7 @@ def get(identifier, **defaults):
         role = defaults.get("role", identifier.role)
         if identifier.role != role:
             kind = type(identifier).__name__
+            _check_role(type(identifier), role, kind)
             raise ValueError(
                 f"{kind}: a quantizer with role={identifier.role!r} is given where role={role!r} "
                 f"is needed: other ends of the grid. Make it as {kind}(..., role={role!r})"
@@ -89,6 +94,8 @@ def get(identifier, **defaults):
     if isinstance(identifier, str):
         key = identifier.lower()
         if key in _BY_NAME:
+            _check_role(_BY_NAME[key], defaults.get("role"), f"Quantizer {key!r}")
+            _check_arguments(key, defaults)
             try:
                 return _BY_NAME[key](**defaults)
             except TypeError as error:
@@ -101,3 +108,27 @@ def get(identifier, **defaults):
         "A quantizer is given as None, a name, a config or a Quantizer object. "
         f"Got {identifier!r} of type {type(identifier).__name__}"
     )
+
+
+def _check_role(kind, role, who):
+    if role in ROLES and role not in kind.roles:
+        known = [name for name, other in _BY_NAME.items() if role in other.roles]
+        raise ValueError(
+            f"{who} quantizes {' and '.join(kind.roles)}s alone. For {role}s use one of {known}"
+        )
+
+
+def _check_arguments(key, given):
+    """Unknown ones are told before Keras does, who names neither the known nor the nearest."""
+    own, others = set(), set()
+    for parent in _BY_NAME[key].__mro__:
+        if "__init__" in vars(parent):
+            found = own if issubclass(parent, Quantizer) else others
+            found |= {*inspect.signature(parent.__init__).parameters} - {"self", "kwargs"}
+    options = sorted(own - {*DECIDED})
+    for name in given:
+        if name not in own | others:
+            raise ValueError(
+                f"Quantizer {key!r} has no option {name!r}. It has {options}."
+                f"{did_you_mean(name, options)}"
+            )

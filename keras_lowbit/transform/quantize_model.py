@@ -34,7 +34,7 @@ from keras_lowbit.transform.image_grids import ImageGrids
 from keras_lowbit.transform.kernels import absorb_offset, copy_weights, fit_kernels
 from keras_lowbit.transform.layer_maker import LayerMaker
 from keras_lowbit.transform.plan import STREAM_BITS, Plan
-from keras_lowbit.transform.tensors import Entry, Tensors
+from keras_lowbit.transform.tensors import Entry, Tensors, quantizer_of
 
 # Layers of what takes two tensors at a time.
 _OF_TWO = {"add": keras.layers.Add, "multiply": keras.layers.Multiply}
@@ -310,13 +310,11 @@ class _Builder:
 
         def make(axis):
             axis = axis if self.scheme.per_channel else None
-            return quantizers.get(
-                name, bits=widths.kernel_bits, role="kernel", axis=axis, **options
-            )
+            return quantizer_of("kernel", name, options, bits=widths.kernel_bits, axis=axis)
 
         if cls is keras.layers.SeparableConv2D:
             method, more = self.scheme.activation_of(widths.activation_bits)
-            between = quantizers.get(method, bits=widths.activation_bits, role="activation", **more)
+            between = quantizer_of("activation", method, more, bits=widths.activation_bits)
             return {
                 "depthwise_quantizer": make((-2, -1)),
                 "pointwise_quantizer": make(-1),

@@ -34,6 +34,29 @@ class Entry:
     made: dict = field(default_factory=dict)
 
 
+def quantizer_of(role, name, options, **given):
+    """The quantizer that a scheme names, with the scheme's options.
+
+    Args:
+        role: `"kernel"` or `"activation"`, whose options they are.
+        name: the scheme's name of it.
+        options: the scheme's arguments for it, which win over those given.
+        **given: arguments that follow from the model and the scheme's bits.
+
+    Raises:
+        ValueError: as of `quantizers.get`; the scheme's field is named where it is the options'
+            fault.
+    """
+    try:
+        return quantizers.get(name, role=role, **{**given, **options})
+    except ValueError as error:
+        if options:
+            # Raises where bits or role are refused, whatever the options.
+            quantizers.get(name, role=role, **given)
+            raise ValueError(f"Scheme: {role}_options: {error}") from error
+        raise
+
+
 class Tensors:
     """The tensors of the new model by those of the float one, and ways to read them.
 
@@ -141,13 +164,9 @@ class Tensors:
                     "would be 1. Take the ReLU out of the float model (a batch norm in its place), "
                     "or use Scheme(binary_activation='heaviside')"
                 )
-            quantizer = quantizers.get(
-                method,
-                bits=bits,
-                signed=signed,
-                role="activation",
-                **{**({"max_value": limit} if method in _TAKE_A_LIMIT else {}), **options},
-            )
+            limited = {"max_value": limit} if method in _TAKE_A_LIMIT else {}
+            given = {"bits": bits, "signed": signed, **limited}
+            quantizer = quantizer_of("activation", method, options, **given)
         return layers.Quantize(quantizer, name=name)(values)
 
     def _name(self, ref):

@@ -224,6 +224,28 @@ class TestRegistry:
         with pytest.raises(ValueError, match=r"LSQ: role must be one of .* Got 'bias'"):
             quantizers.LSQ(role="bias")
 
+    @pytest.mark.parametrize("name", ["affine", "PACT", "sign", "channel_balanced"])
+    def test_kernels_take_no_quantizer_of_activations(self, name):
+        message = rf"{name.lower()!r} quantizes activations alone\. For kernels use one of .*'lsq'"
+        with pytest.raises(ValueError, match=message):
+            quantizers.get(name, bits=8, role="kernel", axis=-1)
+
+    def test_activations_take_no_quantizer_of_kernels(self):
+        with pytest.raises(ValueError, match=r"'ternary' quantizes kernels alone.* use one of"):
+            quantizers.get("ternary", bits=8, role="activation")
+
+    def test_an_object_without_the_role_has_another_way_out(self):
+        with pytest.raises(ValueError, match="Affine quantizes activations alone"):
+            quantizers.get(quantizers.Affine(), role="kernel")
+
+    def test_an_unknown_argument_gets_the_nearest(self):
+        message = (
+            r"'lsq' has no option 'gradeint'\. It has \['delta', 'enabled', 'gradient', "
+            r"'max_value'\]\. Did you mean 'gradient'\?"
+        )
+        with pytest.raises(ValueError, match=message):
+            quantizers.get("lsq", bits=8, role="kernel", gradeint="ewgs")
+
     def test_scales_are_kept_for_last_axes_only(self):
         with pytest.raises(ValueError, match="last axes"):
             quantizers.LSQ(axis=0).build((3, 4))

@@ -330,6 +330,29 @@ def test_unknown_quantizers_suggest_the_nearest():
         quantize_model(small_model(), {"kernel": "lsp"})
 
 
+@pytest.mark.parametrize("field", ["kernel_options", "activation_options"])
+def test_options_that_a_quantizer_lacks_are_refused_by_the_scheme_s_key(field):
+    for options, message in (
+        ({"gradeint": "ewgs"}, "Quantizer 'lsq' has no option 'gradeint'.*mean 'gradient'"),
+        ({"delta": -1}, "LSQ: delta must be a finite number, at least 0. Got -1"),
+    ):
+        with pytest.raises(ValueError, match=f"^Scheme: {field}: {message}"):
+            quantize_model(small_model(), {field: options})
+
+
+def test_options_are_not_blamed_for_bits():
+    options = {"kernel": "dorefa", "kernel_bits": 8, "kernel_options": {"enabled": True}}
+    with pytest.raises(ValueError, match=r"^DoReFa kernels take 1 to 7 bits"):
+        quantize_model(small_model(), options)
+
+
+def test_options_of_the_quantizer_between_a_separable_product_are_named_too():
+    inputs = keras.Input(SHAPE)
+    model = keras.Model(inputs, K.SeparableConv2D(4, 3, name="pair")(inputs))
+    with pytest.raises(ValueError, match=r"^Scheme: activation_options: Quantizer 'lsq' has no"):
+        quantize_model(model, {"activation_options": {"nope": 1}})
+
+
 def test_models_that_cannot_be_quantized_are_refused():
     inputs = keras.Input((4,))
     with pytest.raises(ValueError, match="has no layer to quantize: expected Conv2D"):
