@@ -6,9 +6,23 @@ from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer.values import Elementwise, NotExportable
 
 
+def check_axes(name, shapes):
+    """`NotExportable` where tensors to add or multiply, of these shapes, differ in rank."""
+    fewer, more = min(shapes, key=len), max(shapes, key=len)
+    if len(fewer) == len(more):
+        return
+    target = (1,) * (len(more) - max(len(fewer), 1)) + tuple(fewer[1:])
+    raise NotExportable(
+        f"{name}: tensors to add or multiply must have as many axes. Got "
+        f"{' and '.join(map(str, shapes))}; put Reshape({target}) behind the smaller one, or keep "
+        "its axes (keepdims=True)"
+    )
+
+
 def add(lowering, call):
     """A sum, on a grid to come."""
     first, second = _two(lowering, call)
+    check_axes(call.name, [first.shape, second.shape])
     if first.shape != second.shape:
         raise NotExportable(
             f"{call.name}: only equal shapes are added. Got {first.shape} and {second.shape}; "
@@ -20,11 +34,7 @@ def add(lowering, call):
 def multiply(lowering, call):
     """A product of two tensors, on a grid to come."""
     first, second = _two(lowering, call)
-    if len(first.shape) != len(second.shape):
-        raise NotExportable(
-            f"{call.name}: tensors to multiply must have as many axes. Got {first.shape} and "
-            f"{second.shape}; keep the axes (keepdims=True) or reshape"
-        )
+    check_axes(call.name, [first.shape, second.shape])
     return Elementwise(ir.Multiply, first, second, lowering.shape(call.output), call.name)
 
 

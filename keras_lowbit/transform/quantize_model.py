@@ -13,6 +13,7 @@ from typing import Any
 import keras
 
 from keras_lowbit import layers, quantizers, walk
+from keras_lowbit.integer.elementwise import check_axes
 from keras_lowbit.kinds import (
     CLIPS,
     OF_TWO_TENSORS,
@@ -82,7 +83,8 @@ def quantize_model(
     Raises:
         ValueError: unknown scheme or key, a model without a graph, nothing to quantize, channels
             first, a layer that cannot be copied, an exception pattern that matches no layer, an
-            `input_range` that is no rising pair or names no input.
+            `input_range` that is no rising pair or names no input, `x + y` or `x * y` of tensors
+            whose numbers of axes differ.
     """
     program = walk.flatten(model)
     scheme = Scheme.of(scheme)
@@ -243,6 +245,10 @@ class _Builder:
 
     def _two_at_a_time(self, call, layer):
         """What the runtime adds or multiplies by twos; each partial result needs its own grid."""
+        if not isinstance(call.operation, keras.layers.Layer):
+            # Of tensors of different ranks an operator lines up the last axes, batch and all; the
+            # layer in its place keeps batches together, and would compute something else.
+            check_axes(call.name, [ref.shape for ref in call.inputs])
         tensors = [self.tensors.centred_values(r) for r in call.inputs]
         if len(tensors) == 2:
             return layer(name=self.make.own_name(call), dtype="float32")(tensors)

@@ -1,5 +1,7 @@
 """Products of two tensors, gates, clips at any limit and constants become integers."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -220,8 +222,47 @@ def test_what_cannot_be_multiplied_says_so():
         y = K.Dense(4, name="gate")(K.GlobalAveragePooling2D()(x))
         return K.Multiply(name="excite")([x, y])
 
-    with pytest.raises(ValueError, match=r"excite|broadcast|rank|shape"):
+    with pytest.raises(ValueError, match="excite: tensors to add or multiply must have"):
         integer_graph(calibrate(quantize_model(between(flat), "w8a8"), images()))
+
+
+@pytest.mark.parametrize(
+    ("join", "other"),
+    [
+        (ops.multiply, (4,)),
+        (ops.add, (4,)),
+        (lambda x, y: y * x, (3, 4)),
+    ],
+)
+def test_operators_on_tensors_of_different_ranks_are_refused(join, other):
+    """`x * y` lines up batches with rows or columns, the layer `Multiply` with batches."""
+    one, two = keras.Input((4, 3, 4), name="one"), keras.Input(other, name="two")
+    x = K.Conv2D(4, 1, name="stem")(one)
+    model = keras.Model([one, two], K.Flatten()(join(x, two)))
+    shape = (1,) * (3 - len(other)) + other
+    message = rf"as many axes\. Got .*4, 3, 4.*Reshape\({re.escape(str(shape))}\)"
+    with pytest.raises(NotExportable, match=message):
+        quantize_model(model, "w8a8")
+    (line,) = tflite_export.check(model)
+    assert re.search(message, line)
+
+
+@pytest.mark.parametrize("join", [K.Multiply(), K.Add()], ids=["multiply", "add"])
+def test_layers_on_tensors_of_different_ranks_have_the_same_objection(join):
+    """A layer stays what it was, so such a model is quantized; no file holds it."""
+    x = one = keras.Input((4, 3, 4), name="one")
+    y = K.Dense(4, name="gate")(K.GlobalAveragePooling2D()(x))
+    model = keras.Model(one, join([K.Conv2D(4, 1, name="stem")(x), y]))
+    (line,) = tflite_export.check(quantize_model(model, "w8a8"))
+    assert re.search(r"as many axes\. Got \(1, 4, 3, 4\).*Reshape\(\(1, 1, 4\)\)", line)
+
+
+def test_the_way_out_of_different_ranks_is_exported():
+    def excite(x):
+        y = K.Dense(4, name="gate")(K.GlobalAveragePooling2D()(x))
+        return x * K.Reshape((1, 1, 4))(y)
+
+    assert_same_integers(assert_close(between(excite), data=images()), images())
 
 
 @pytest.mark.parametrize("name", ["squeezed by a sigmoid", "silu", "leaky", "gated sum"])
