@@ -19,7 +19,7 @@ import tflite_export
 from keras_lowbit import data as datasets
 from keras_lowbit import zoo
 from keras_lowbit.cli.measure import file_accuracy, keras_accuracy
-from keras_lowbit.progress import table
+from keras_lowbit.progress import fit_verbosity, table
 from tflite_export import runtime
 
 OUT = Path("runs/demo")
@@ -64,12 +64,8 @@ def fit(model, dataset, epochs, learning_rate, callbacks=(), augment=False, batc
         metrics=["accuracy"],
     )
     callbacks = [batches.follow_epochs(), klb.callbacks.ScaleGuard(), *callbacks]
-    model.fit(batches, epochs=epochs, callbacks=callbacks, verbose=_verbosity(), shuffle=False)
+    model.fit(batches, epochs=epochs, callbacks=callbacks, verbose=fit_verbosity(), shuffle=False)
     return batches
-
-
-def _verbosity():
-    return 1 if sys.stdout.isatty() else 2
 
 
 def main(arguments=None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 # rich is imported where it is used: `import keras_lowbit` must stay cheap.
 
@@ -19,6 +19,7 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
 
     On a terminal: a bar with count and ETA on stderr, gone when the work is done. Elsewhere
     (a pipe, a log file): nothing, and one final line if the work took longer than a second.
+    Without stderr, as in `pythonw` and in daemons: nothing.
 
     Args:
         iterable: what to go through.
@@ -30,8 +31,20 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
     """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
-    shown = _bar if sys.stderr.isatty() else _line
+    shown = _bar if _is_terminal(sys.stderr) else _line
     yield from shown(iterable, description, total)
+
+
+def fit_verbosity() -> int:
+    """`verbose` for `fit` of Keras: 1, a bar, on a terminal; else 2, lines; 0 without stdout."""
+    if sys.stdout is None:
+        return 0  # Keras would write to it all the same
+    return 1 if _is_terminal(sys.stdout) else 2
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody watches; Python has `None` for a stream that its process lacks."""
+    return stream is not None and stream.isatty()
 
 
 def _bar(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
@@ -69,7 +82,8 @@ def _line(iterable: Iterable[T], description: str, total: int | None) -> Iterato
             done += 1
     finally:
         seconds = time.monotonic() - start
-        if seconds > SILENT_SECONDS:
+        # `print` takes stdout where it is given no file.
+        if seconds > SILENT_SECONDS and sys.stderr is not None:
             count = f"{done}" if total is None else f"{done}/{total}"
             print(f"{description}: {count} in {seconds:.1f} s", file=sys.stderr, flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -38,6 +39,30 @@ def entry() -> None:
 
 def main(argv: list[str]) -> int:
     """Run one command line (without the program's name) and return its exit code."""
+    with _streams():
+        return _answered(argv)
+
+
+@contextlib.contextmanager
+def _streams():
+    """Stand-ins for stdout and stderr where the process has none (`2>&-`, daemons, pythonw).
+
+    Python has `None` for them: Keras writes to it, and `print` takes stdout in its place. The
+    stand-in also takes the number of a closed stream, to which native code writes its log; the
+    next file that is opened would get it.
+    """
+    with contextlib.ExitStack() as opened:
+        for name, redirect in (
+            ("stdout", contextlib.redirect_stdout),
+            ("stderr", contextlib.redirect_stderr),
+        ):
+            if getattr(sys, name) is None:
+                nowhere = opened.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                opened.enter_context(redirect(nowhere))
+        yield
+
+
+def _answered(argv):
     try:
         return _run(argv)
     except KeyboardInterrupt as error:

@@ -70,6 +70,27 @@ def test_a_terminal_gets_a_bar_with_count_and_eta(monkeypatch):
     assert "ETA" in shown
 
 
+def test_without_stderr_work_is_done_in_silence(clock, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    done = []
+    for item in progress.track(range(4), "calibrating"):
+        clock.now += 1.0
+        done.append(item)
+    assert done == [0, 1, 2, 3]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("stdout", "verbose"), [(Terminal(), 1), (io.StringIO(), 2), (None, 0)])
+def test_fit_shows_a_bar_or_lines_or_nothing(monkeypatch, stdout, verbose):
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert progress.fit_verbosity() == verbose
+
+
+def test_a_table_needs_no_stdout(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert progress.table("", ["a"], [["x"]]).splitlines()[-1] == "| x |"
+
+
 def test_table_aligns_figures_right_and_words_left():
     text = progress.table("sizes", ["layer", "bytes"], [["conv", 9], ["dense", 1024], ["x", None]])
     assert text.splitlines() == [

@@ -16,7 +16,7 @@ from keras_lowbit.cli.allocator import keep_memory
 from keras_lowbit.cli.inspection import inspect as inspection
 from keras_lowbit.cli.pixels import Intake, range_of
 from keras_lowbit.cli.recipe import changed, read_recipe
-from keras_lowbit.progress import table
+from keras_lowbit.progress import fit_verbosity, table
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform import calibrate, quantize_model
 from keras_lowbit.transform.ready import uncalibrated
@@ -39,9 +39,8 @@ def train(config: str, flags) -> int:
         weights=flags.weights,
     )
     out = Path(flags.out or Path("runs", recipe.name))
-    verbose = 1 if sys.stdout.isatty() else 2
     keep_memory()
-    metrics = trainer.run_recipe(recipe, out, verbose=verbose, tune=flags.tune)
+    metrics = trainer.run_recipe(recipe, out, verbose=fit_verbosity(), tune=flags.tune)
     print(f"Results: {out}")
     return FAILED if report.wrong_codes(metrics) else 0
 

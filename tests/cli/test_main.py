@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -182,6 +183,32 @@ def test_a_training_ends_by_a_signal_and_leaves_nothing_half_written(
     wanted = f"error: {word}; the same command goes on or starts again"
     assert (process.returncode, said.splitlines()[-1]) == (code, wanted)
     assert not [path.name for path in out.rglob("*.partial*")]
+
+
+@pytest.mark.parametrize("more", [(), ("--debug",)])
+def test_an_error_is_not_told_to_stdout_where_there_is_no_stderr(run, monkeypatch, more):
+    monkeypatch.setattr(sys, "stderr", None)
+    outcome = run("inspect", "no.keras", *more)
+    assert (outcome.code, outcome.out, sys.stderr) == (2, "", None)
+
+
+@pytest.mark.runtime
+def test_a_model_is_measured_without_stderr(run, made, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    outcome = run("evaluate", made / "w4a4.keras", "--data=digits", "--images=20")
+    assert outcome.code == 0
+    assert "| quantized " in outcome.out
+
+
+@pytest.mark.runtime
+@pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
+@pytest.mark.parametrize(("closed", "said"), [("2>&-", True), (">&- 2>&-", False)])
+def test_a_process_needs_neither_stdout_nor_stderr(made, closed, said):
+    command = [sys.executable, "-m", "keras_lowbit_cli", "evaluate", str(made / "w4a4.keras")]
+    line = f"{shlex.join([*command, '--data=digits', '--images=20'])} {closed}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert ("| quantized " in done.stdout) == said
 
 
 @pytest.mark.runtime

@@ -480,6 +480,13 @@ def test_images_of_one_class_are_refused_before_training(run, recipe, tmp_path, 
     assert "resnet8 has 1 output and same.npz 1 classes; accuracy is counted by" in outcome.error
 
 
+def test_without_stdout_a_recipe_is_trained(run, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("train", recipe(), "--out", tmp_path / "out", "--epochs=1").code == 0
+    assert (tmp_path / "out" / "model_int8.tflite").is_file()
+    assert sys.stdout is None
+
+
 def test_a_folder_of_mixed_sizes_asks_for_the_size_of_the_recipe(run, recipe, tmp_path):
     image = pytest.importorskip("PIL.Image")
     for side in (8, 9):
