@@ -119,3 +119,15 @@ def small_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
     return limited
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A process whose user has no home folder, as in many containers."""
+    pwd = pytest.importorskip("pwd")
+
+    def nobody(number):
+        raise KeyError(f"uid not found: {number}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)

@@ -16,6 +16,7 @@ FLOORS = [
     {
         "keras_lowbit.named_outputs",
         "keras_lowbit.numerics",
+        "keras_lowbit.paths",
         "keras_lowbit.progress",
         "keras_lowbit.optimizers",
         "keras_lowbit.weights_file",

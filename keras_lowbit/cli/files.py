@@ -13,6 +13,7 @@ from keras_lowbit import data as datasets
 from keras_lowbit import packed, walk, zoo
 from keras_lowbit.integer.integer_op import IntegerOp
 from keras_lowbit.kinds import kind_of
+from keras_lowbit.paths import expanded
 from keras_lowbit.whole_files import DAMAGE, first_line, replacing
 from keras_lowbit.zoo.build import load_weights
 
@@ -26,7 +27,7 @@ def load_model(path: str | Path) -> keras.Model:
     Raises:
         ValueError: no such file, another kind of file, or a damaged one.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.suffix != ".keras":
         raise ValueError(f"{path}: expected a .keras file")
     check_file(path, "a .keras file")
@@ -64,6 +65,7 @@ def build_float(name: str, weights: str = "", **options) -> keras.Model:
     Raises:
         ValueError: an unknown name, a missing or damaged file, weights that do not fit.
     """
+    weights = str(expanded(weights)) if weights else ""
     if weights and not Path(weights).is_file():
         raise ValueError(f"{weights}: no such file of weights")
     if weights.endswith((".npz", ".keras")) and not zipfile.is_zipfile(weights):
@@ -158,7 +160,7 @@ def read_tflite(path: str | Path) -> bytes:
     Raises:
         ValueError: no such file, or no `.tflite`.
     """
-    path = Path(path)
+    path = expanded(path)
     check_file(path, "a .tflite file")
     content = path.read_bytes()
     if content[4:8] != b"TFL3":
@@ -172,7 +174,7 @@ def checked_output(path: str | Path, suffix: str, overwrite: bool) -> Path:
     Raises:
         ValueError: another ending, no such folder, or a file that is there already.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.suffix != suffix:
         raise ValueError(f"--out must end in {suffix}. Got {str(path)!r}")
     if not path.parent.is_dir():

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 import tflite_export
-from keras_lowbit import data as datasets
 from keras_lowbit import packed, zoo
 from keras_lowbit.analysis import summary
 from keras_lowbit.cli import files, measure, report, trainer
@@ -16,6 +15,8 @@ from keras_lowbit.cli.allocator import keep_memory
 from keras_lowbit.cli.inspection import inspect as inspection
 from keras_lowbit.cli.pixels import Intake, range_of
 from keras_lowbit.cli.recipe import changed, read_recipe
+from keras_lowbit.data.sources import is_folder
+from keras_lowbit.paths import expanded
 from keras_lowbit.progress import fit_verbosity, table
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.transform import calibrate, quantize_model
@@ -38,7 +39,7 @@ def train(config: str, flags) -> int:
         data=flags.data,
         weights=flags.weights,
     )
-    out = Path(flags.out or Path("runs", recipe.name))
+    out = expanded(flags.out or Path("runs", recipe.name))
     keep_memory()
     metrics = trainer.run_recipe(recipe, out, verbose=fit_verbosity(), tune=flags.tune)
     print(f"Results: {out}")
@@ -75,14 +76,14 @@ def quantize(name: str, flags) -> int:
 def evaluate(name: str, flags) -> int:
     """`keras-lowbit evaluate`."""
     _required(flags, "data")
-    path = Path(name)
+    path = expanded(name)
     if path.suffix == ".tflite":
         session, shape, intake = _opened(path)
         kind = ".tflite"
         dataset = files.load_data(flags.data, shape, name)
         x, y = _test_images(dataset, flags.images)
         classes = measure.file_classes(session, path)
-        measure.check_classes(path, classes, dataset, _is_folder(flags))
+        measure.check_classes(path, classes, dataset, is_folder(flags.data))
         answers = measure.file_answers(session, x, f"run {path.name}", intake=intake)
     else:
         model = files.load_model(path)
@@ -92,7 +93,7 @@ def evaluate(name: str, flags) -> int:
         dataset = files.load_data(flags.data, files.image_shape(model), name)
         x, y = _test_images(dataset, flags.images)
         classes = measure.output_classes(model, path)
-        measure.check_classes(path, classes, dataset, _is_folder(flags))
+        measure.check_classes(path, classes, dataset, is_folder(flags.data))
         answers = measure.keras_answers(model, x, what=f"run {path.name}")
     scored = measure.score(answers, y)
     row = (path, kind, f"{path.stat().st_size:,}", scored["right"], len(y), measure.shown(scored))
@@ -126,7 +127,7 @@ def check(name: str, flags) -> int:
 def inspect(name: str, flags) -> int:
     """`keras-lowbit inspect`."""
     del flags
-    print(inspection(name))
+    print(inspection(expanded(name)))
     return 0
 
 
@@ -204,10 +205,6 @@ def _required(flags, *names):
 def _test_images(dataset, count):
     end = count or len(dataset.x_test)
     return (dataset.x_test if not count else dataset.x_test[:end]), dataset.y_test[:end]
-
-
-def _is_folder(flags):
-    return flags.data not in datasets.NAMES and Path(flags.data).expanduser().is_dir()
 
 
 def _opened(path):

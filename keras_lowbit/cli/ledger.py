@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_lowbit.cli import files
+from keras_lowbit.paths import expanded
 
 try:
     import fcntl
@@ -64,7 +65,7 @@ def contents(recipe, dataset) -> dict[str, str]:
         "teacher": recipe.train.teacher,
     }
     for key, name in named.items():
-        path = Path(name).expanduser()
+        path = expanded(name)
         if name and path.is_file():
             found[key] = _digest([path.read_bytes()])
     return found

@@ -10,6 +10,7 @@ from typing import Any
 
 from keras_lowbit.cli.methods import Methods
 from keras_lowbit.cli.recipe_checks import checked, near
+from keras_lowbit.paths import expanded
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.tuning.block_model import Rates
 
@@ -298,7 +299,7 @@ def read_recipe(path: str | Path) -> Recipe:
         ValueError: no such file, not TOML, an unknown section or key (the nearest is suggested),
             a value of the wrong type or out of range.
     """
-    path = Path(path)
+    path = expanded(path)
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

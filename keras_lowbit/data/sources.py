@@ -11,6 +11,7 @@ from keras_lowbit.checks import did_you_mean
 from keras_lowbit.data.dataset import Dataset, stratified
 from keras_lowbit.data.folder import read_folder
 from keras_lowbit.data.npz import read_npz
+from keras_lowbit.paths import expanded
 
 DOWNLOADED: dict[str, tuple[str, ...]] = {
     "cifar10": (
@@ -51,14 +52,28 @@ def load(
         ValueError: the name or path is unknown, a download failed, a file is damaged, an
             optional dependency is missing. The message says what to do.
     """
+    if is_folder(source):
+        return read_folder(expanded(source), size, channels, seed=seed)
+    return _as_it_is(source)
+
+
+def is_folder(source: str | Path) -> bool:
+    """Whether `load` reads a folder of images; the others have images of a size of their own.
+
+    Raises:
+        ValueError: a path below a home folder that nobody has.
+    """
+    return str(source) not in NAMES and expanded(source).is_dir()
+
+
+def _as_it_is(source):
+    """A data set by name, or of a file."""
     name = str(source)
     if name == "digits":
         return _digits()
     if name in DOWNLOADED:
         return _downloaded(name)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return read_folder(path, size, channels, seed=seed)
+    path = expanded(source)
     if path.is_file() and path.suffix.lower() == ".npz":
         return read_npz(path)
     if path.is_file():

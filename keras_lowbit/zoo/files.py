@@ -12,6 +12,7 @@ from pathlib import Path
 import keras
 
 from keras_lowbit.packed import load_packed
+from keras_lowbit.paths import expanded
 from keras_lowbit.whole_files import replacing
 from keras_lowbit.zoo import registry
 
@@ -43,31 +44,37 @@ def find(entry: registry.Entry, *, url: str | None = None, cache: str | Path | N
 
     Raises:
         ValueError: a file with another SHA-256 (it stays where it is), or a model that is not
-            shipped and no URL.
+            shipped and no URL, or no home folder for the cache.
         OSError: no network, a download that breaks off, or a folder that cannot be written; says
             so.
     """
     name = f"{entry.name}.keras"
-    folder = Path(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/keras_lowbit").expanduser()
-    for path in (registry.RELEASED / name, folder / name):
-        if path.is_file():
-            _check(path.read_bytes(), entry, path, "Remove it and load again")
-            return path
+    path = registry.RELEASED / name
+    if not path.is_file():  # what ships needs no cache, and so no home folder
+        path = _folder(cache) / name
+    if path.is_file():
+        _check(path.read_bytes(), entry, path, "Remove it and load again")
+        return path
     base = url or os.environ.get(URL_VARIABLE)
     if not base:
         raise ValueError(
-            f"{name} is neither in the package nor in {folder}. Put it there, or give the base "
-            f"of a URL: zoo.load({entry.name!r}, url=...) or {URL_VARIABLE}"
+            f"{name} is neither in the package nor in {path.parent}. Put it there, or give the "
+            f"base of a URL: zoo.load({entry.name!r}, url=...) or {URL_VARIABLE}"
         )
     source = f"{base.rstrip('/')}/{name}"
     content = _download(source)
     _check(content, entry, source, "Nothing was kept; check the URL")
-    return _put(content, folder / name)
+    return _put(content, path)
 
 
 def sha256(content: bytes) -> str:
     """In hexadecimal."""
     return hashlib.sha256(content).hexdigest()
+
+
+def _folder(cache):
+    given = cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/keras_lowbit"
+    return expanded(given, f"Choose another folder (cache=, or {CACHE_VARIABLE})")
 
 
 def _check(content, entry, place, advice):

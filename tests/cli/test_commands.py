@@ -202,6 +202,26 @@ def test_inspect_shows_a_frozen_model(run, made, tmp_path):
     assert (outcome.code, "frozen Keras model" in outcome.out) == (0, True)
 
 
+def test_paths_begin_in_the_home_folder(run, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(made))
+    monkeypatch.chdir(tmp_path)
+    assert run("inspect", "~/w4a4.tflite").code == 0
+    assert run("inspect", "~/w4a4.keras").code == 0
+    assert run("check", "~/w4a4.keras").code == 0
+    quantize = ("quantize", "~/float.keras", "--data=digits", "--images=16")
+    assert run(*quantize, f"--out={tmp_path / 'q1.keras'}").code == 0
+    for name in ("~/w4a4.tflite", "~/w4a4.keras"):
+        outcome = run("evaluate", name, "--data", "~/digits.npz", "--images", 20)
+        assert outcome.code == 0, outcome.err
+    source = str(made / "w4a4.keras")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("export", source, "--out=~/x.tflite", "--verify_images=0").code == 0
+    shutil.copy(made / "float.keras", tmp_path / "w.keras")
+    quantize = ("quantize", made / "float.keras", "--data=digits", "--images=16")
+    assert run(*quantize, "--weights=~/w.keras", "--out=~/q2.keras").code == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"x.tflite", "q1.keras", "q2.keras", "w.keras"}
+
+
 @pytest.mark.once
 def test_zoo_list_shows_released_models_by_pattern(run):
     def names(*pattern):
@@ -230,6 +250,18 @@ def test_zoo_export_writes_the_file_of_the_loaded_model(run, tmp_path):
 
 
 BAD = [
+    (["inspect", "~nosuch/x.keras"], "~nosuch/x.keras: no home folder is known for ~nosuch"),
+    (["check", "~nosuch/x.keras"], "~nosuch/x.keras: no home"),
+    (["evaluate", "~nosuch/x.tflite", "--data=digits"], "~nosuch/x.tflite: no home"),
+    (["evaluate", "{made}/w4a4.keras", "--data=~nosuch/x"], "~nosuch/x: no home"),
+    (["export", "{made}/w4a4.keras", "--out=~nosuch/x.tflite"], "~nosuch/x.tflite: no home"),
+    (["quantize", "{made}/float.keras", "--data=digits", "--out=~nosuch/q.keras"], "no home"),
+    (
+        ["quantize", "resnet8", "--data=digits", "--out={tmp}/q.keras", "--weights=~nosuch/w.h5"],
+        "~nosuch/w.h5: no home",
+    ),
+    (["train", "{tmp}/typo.toml", "--out=~nosuch/out"], "unknown key 'epoch'"),
+    (["train", "{tmp}/nobody.toml"], "nobody [data]: ~nosuch/x: no home"),
     (["inspect", "{tmp}/no.keras"], "no.keras: no such file"),
     (["inspect", "{tmp}/no.tflite"], "no.tflite: no such file"),
     (["inspect", "{tmp}/folder.keras"], "folder.keras is a folder; expected a .keras file"),
@@ -334,6 +366,7 @@ def bad_files(made, tmp_path):
     (tmp_path / "there.tflite").write_text("precious")
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "typo.toml").write_text("[train]\nepoch = 3\n")
+    (tmp_path / "nobody.toml").write_text('[data]\nname = "~nosuch/x"\n')
     (tmp_path / "cut.npz").write_bytes((made / "digits.npz").read_bytes()[:900])
     labels = np.arange(20) % 10
     big = np.zeros((20, 9, 9, 1), "uint8")

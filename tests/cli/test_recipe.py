@@ -120,6 +120,12 @@ def test_a_slip_in_a_recipe_is_one_error_with_its_place(tmp_path, text, why):
     assert why in str(caught.value)
 
 
+def test_a_recipe_is_found_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    read(tmp_path, "")
+    assert read_recipe("~/r.toml").name == "r"
+
+
 def test_recipes_are_utf_8_whatever_the_locale(tmp_path, monkeypatch):
     path = tmp_path / "r.toml"
     path.write_bytes('[data]\nname = "Blümchen"'.encode())

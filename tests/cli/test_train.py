@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -478,6 +479,31 @@ def test_images_of_one_class_are_refused_before_training(run, recipe, tmp_path, 
     outcome = run("train", path, "--data", tmp_path / "same.npz", "--out", tmp_path / "out")
     assert (outcome.code, (tmp_path / "out").exists()) == (2, False)
     assert "resnet8 has 1 output and same.npz 1 classes; accuracy is counted by" in outcome.error
+
+
+def test_paths_of_recipes_and_flags_begin_in_the_home_folder(
+    run, made, recipe, tmp_path, monkeypatch
+):
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("float.keras", "digits.npz"):
+        shutil.copy(made / name, home)
+    recipe(
+        name="home/tiny",
+        data={"name": "~/digits.npz"},
+        model={"architecture": "~/float.keras", "weights": "~/float.keras"},
+        train={"epochs": 1, "distill": 0.5, "teacher": "~/float.keras"},
+    )
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    outcome = run("train", "~/tiny.toml", "--out=~/runs/x")
+    assert outcome.code == 0, outcome.err
+    metrics = json.loads((home / "runs" / "x" / "metrics.json").read_text())
+    assert set(metrics["contents"]) == {"data", "architecture", "weights", "teacher"}
+    assert metrics["recipe"]["model"]["weights"] == "~/float.keras"  # a home that moves
+    again = run("train", "~/tiny.toml", "--out=~/runs/y", "--weights=~/float.keras", "--epochs=1")
+    assert again.code == 0, again.err
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 def test_without_stdout_a_recipe_is_trained(run, recipe, tmp_path, monkeypatch):

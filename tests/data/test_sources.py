@@ -87,6 +87,11 @@ def test_an_unknown_name_gets_the_nearest_and_the_known_ones(source, message):
         load(source)
 
 
+def test_a_folder_of_nobody_is_one_error_that_names_it():
+    with pytest.raises(ValueError, match="~nosuch/x: no home folder is known for ~nosuch"):
+        load("~nosuch/x")
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text("1,2")

@@ -167,6 +167,23 @@ def test_without_a_url_the_error_says_where_to_put_the_file(shelf):
 
 
 @pytest.mark.once
+def test_a_shipped_model_needs_no_home_folder(release, shelf, monkeypatch, homeless):
+    monkeypatch.delenv(files.CACHE_VARIABLE)
+    (shelf / "tiny_w4a4.keras").write_bytes(release[1])
+    assert files.find(registry.info("tiny_w4a4")) == shelf / "tiny_w4a4.keras"
+
+
+@pytest.mark.once
+def test_a_download_without_a_home_folder_asks_for_another_cache(shelf, monkeypatch, homeless):
+    monkeypatch.delenv(files.CACHE_VARIABLE)
+    said = r"~/\.cache/keras_lowbit: no home folder .* \(cache=, or KERAS_LOWBIT_CACHE\)"
+    with pytest.raises(ValueError, match=said):
+        load("tiny_w4a4")
+    with pytest.raises(ValueError, match=r"~nosuch/c: no home folder is known for ~nosuch"):
+        load("tiny_w4a4", cache="~nosuch/c")
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/models", "nonsense"])
 def test_a_missing_network_is_one_error_and_leaves_nothing(shelf, tmp_path, url):
     with pytest.raises(OSError, match=f"Could not get {url}/tiny_w4a4.keras"):
