@@ -11,6 +11,7 @@ import keras
 
 from keras_lowbit import data as datasets
 from keras_lowbit import packed, walk, zoo
+from keras_lowbit.data.sources import is_folder
 from keras_lowbit.integer.integer_op import IntegerOp
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.paths import expanded
@@ -146,8 +147,11 @@ def load_data(source: str, shape: tuple[int | None, ...], what: str) -> datasets
     Raises:
         ValueError: as `data.load`; images of another size.
     """
-    size = tuple(shape[:2]) if None not in shape[:2] else None
-    dataset = datasets.load(source, size=size, channels=shape[2] or 3)
+    wanted = {}
+    if is_folder(source):
+        wanted["size"] = tuple(shape[:2]) if None not in shape[:2] else None
+        wanted["channels"] = shape[2] or 3
+    dataset = datasets.load(source, **wanted)
     if any(want not in (None, got) for want, got in zip(shape, dataset.image_shape, strict=True)):
         given, wanted = ("x".join(map(str, s)) for s in (dataset.image_shape, shape))
         raise ValueError(f"{source} has images of {given} pixels; {what} takes {wanted}")

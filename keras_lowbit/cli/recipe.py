@@ -23,8 +23,9 @@ class Data:
         name: of a data set, an `.npz` file or a folder of images.
         holdout: training images set aside for choices.
         seed: which images are set aside follows from it.
-        size: height and width in pixels of images from folders; 0 for as they are.
-        channels: of images from folders.
+        size: height and width in pixels of images from folders, 0 for as they are; other images
+            must have the size that is given.
+        channels: of images from folders, 3 or 1; other images must be grey for 1.
         about: what a reader of figures must know of the images.
     """
 
@@ -60,7 +61,7 @@ class Quantize:
 
     Args:
         scheme: bits of kernels and activations, `"w4a8"`, or `"wta8"`; empty for a float model.
-        kernel: quantizer of kernels, a name.
+        kernel: quantizer of kernels, a name; `"wta8"` has its own, `"ternary"`.
         activation: quantizer of activations, a name.
         per_channel: one kernel scale for each output channel; false for one a kernel.
         ends_bits: bits of the first and the last layer, 0 to treat them like the others.
@@ -313,7 +314,10 @@ def read_recipe(path: str | Path) -> Recipe:
         if not isinstance(values, dict):
             raise ValueError(f"{path}: {section} must be a section, [{section}]. Got {values!r}")
         parts[section] = _section(values, _SECTIONS[section], f"{path} [{section}]")
-    return checked(Recipe(path.stem, **parts), str(path))
+    recipe = checked(Recipe(path.stem, **parts), str(path))
+    # Here alone, as a key that was left out looks like its default later.
+    _check_kernel(recipe, raw.get("quantize", {}), f"{path} [quantize]")
+    return recipe
 
 
 def changed(recipe: Recipe, *, epochs=None, seed=None, xla=None, data=None, weights=None) -> Recipe:
@@ -344,6 +348,17 @@ def without_folders(metrics: dict) -> dict:
     for section, key in (("data", "name"), ("model", "weights"), ("train", "teacher")):
         recipe[section][key] = Path(recipe[section].get(key, "")).name
     return {**metrics, "recipe": recipe}
+
+
+def _check_kernel(recipe, given, where):
+    """Refuse a quantizer of kernels beside a scheme that names another one."""
+    scheme, kernel = recipe.scheme, given.get("kernel")
+    if scheme is not None and kernel is not None and kernel.lower() != scheme.kernel.lower():
+        raise ValueError(
+            f"{where}: scheme {recipe.quantize.scheme!r} names its quantizer of kernels, "
+            f"{scheme.kernel!r}; beside it kernel = {kernel!r} does nothing. Leave kernel out, or "
+            "give the scheme in bits, such as 'w2a8'"
+        )
 
 
 def _section(values, cls, where):

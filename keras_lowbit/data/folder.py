@@ -49,7 +49,7 @@ def read_folder(
             has, parts that cannot be told from classes. The message names the file or folder.
     """
     path = Path(path)
-    size = _checked_size(size)
+    size = checked_size(size)
     if channels not in (1, 3):
         raise ValueError(f"{path}: channels must be 1 (grey) or 3 (RGB). Got {channels}")
     train_root, test_root = _parts(path)
@@ -152,7 +152,12 @@ def _upright(image: Any) -> Any:
     return ImageOps.exif_transpose(image)
 
 
-def _checked_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def checked_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Height and width in pixels; `None` where no size is given.
+
+    Raises:
+        ValueError: anything but one or two positive whole numbers.
+    """
     if size is None:
         return None
     pair = (size, size) if isinstance(size, int) else tuple(size)

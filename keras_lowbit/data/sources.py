@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_lowbit.checks import did_you_mean
 from keras_lowbit.data.dataset import Dataset, stratified
-from keras_lowbit.data.folder import read_folder
+from keras_lowbit.data.folder import checked_size, read_folder
 from keras_lowbit.data.npz import read_npz
 from keras_lowbit.paths import expanded
 
@@ -41,20 +41,23 @@ def load(
         source: `"digits"` (scikit-learn's, 8x8 grey, no download), a `keras.datasets` name
             (`"cifar10"`, `"cifar100"`, `"mnist"`, `"fashion_mnist"`), a `.npz` file or a folder
             of images by class. A name wins over a path; write `./digits` for a folder.
-        size: pixels, for folders only: see `keras_lowbit.data.folder.read_folder`.
-        channels: 3 or 1, for folders only.
+        size: pixels, as `keras_lowbit.data.folder.read_folder` takes them: images of folders are
+            made so, others must be so.
+        channels: 3 or 1, of images of folders; those of others must be grey for 1.
         seed: which images of a folder without `test/` become the test part.
 
     Returns:
         A `Dataset` with arrays, uint8 or float32, channels last.
 
     Raises:
-        ValueError: the name or path is unknown, a download failed, a file is damaged, an
-            optional dependency is missing. The message says what to do.
+        ValueError: the name or path is unknown, a download failed, a file is damaged, images
+            have another size, an optional dependency is missing. The message says what to do.
     """
     if is_folder(source):
         return read_folder(expanded(source), size, channels, seed=seed)
-    return _as_it_is(source)
+    dataset = _as_it_is(source)
+    _check_asked(dataset, checked_size(size), channels)
+    return dataset
 
 
 def is_folder(source: str | Path) -> bool:
@@ -83,6 +86,21 @@ def _as_it_is(source):
         f"No data set and no path is called {name!r}.{hint} Known names: {', '.join(NAMES)}; "
         "or pass a .npz file or a folder of images by class"
     )
+
+
+def _check_asked(dataset, size, channels):
+    height, width, depth = dataset.image_shape
+    if size not in (None, (height, width)):
+        raise ValueError(
+            f"{dataset.name} has images of {height}x{width} pixels, and size is "
+            f"{size[0]}x{size[1]}: only those of folders are scaled. Leave size out"
+        )
+    # Three channels are the default, and nobody need have asked for them.
+    if channels not in (3, depth):
+        raise ValueError(
+            f"{dataset.name} has images of {depth} channels, and channels is {channels}: only "
+            "those of folders are converted. Leave channels out"
+        )
 
 
 def _digits() -> Dataset:

@@ -262,6 +262,7 @@ BAD = [
     ),
     (["train", "{tmp}/typo.toml", "--out=~nosuch/out"], "unknown key 'epoch'"),
     (["train", "{tmp}/nobody.toml"], "nobody [data]: ~nosuch/x: no home"),
+    (["train", "{tmp}/small.toml"], "small [data]: digits has images of 8x8 pixels, and size is"),
     (["inspect", "{tmp}/no.keras"], "no.keras: no such file"),
     (["inspect", "{tmp}/no.tflite"], "no.tflite: no such file"),
     (["inspect", "{tmp}/folder.keras"], "folder.keras is a folder; expected a .keras file"),
@@ -367,6 +368,7 @@ def bad_files(made, tmp_path):
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "typo.toml").write_text("[train]\nepoch = 3\n")
     (tmp_path / "nobody.toml").write_text('[data]\nname = "~nosuch/x"\n')
+    (tmp_path / "small.toml").write_text("[data]\nsize = 4\n")
     (tmp_path / "cut.npz").write_bytes((made / "digits.npz").read_bytes()[:900])
     labels = np.arange(20) % 10
     big = np.zeros((20, 9, 9, 1), "uint8")

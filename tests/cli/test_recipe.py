@@ -120,6 +120,23 @@ def test_a_slip_in_a_recipe_is_one_error_with_its_place(tmp_path, text, why):
     assert why in str(caught.value)
 
 
+@pytest.mark.parametrize("kernel", ["dorefa", "lsq", "levels"])
+def test_a_kernel_beside_a_scheme_that_names_its_own_is_refused(tmp_path, kernel):
+    text = f"[quantize]\nscheme = 'wta8'\nkernel = '{kernel}'"
+    why = rf"r\.toml \[quantize\]: scheme 'wta8' .* 'ternary'; .* kernel = '{kernel}'"
+    with pytest.raises(ValueError, match=why):
+        read(tmp_path, text)
+
+
+def test_a_kernel_is_that_of_the_scheme_or_given(tmp_path):
+    def kernel(text):
+        return read(tmp_path, f"[quantize]\n{text}").scheme.kernel
+
+    assert kernel("scheme = 'wta8'") == kernel("scheme = 'wta8'\nkernel = 'ternary'") == "ternary"
+    assert kernel("scheme = 'w4a4'") == "lsq"
+    assert kernel("scheme = 'w4a4'\nkernel = 'dorefa'") == "dorefa"
+
+
 def test_a_recipe_is_found_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     read(tmp_path, "")

@@ -92,6 +92,20 @@ def test_a_folder_of_nobody_is_one_error_that_names_it():
         load("~nosuch/x")
 
 
+def test_a_size_that_only_folders_could_have_is_refused(npz):
+    assert load(npz, size=(5, 7), channels=3).image_shape == (5, 7, 3)
+    assert load("digits", size=8, channels=1).image_shape == (8, 8, 1)
+    assert load("digits").image_shape == (8, 8, 1)  # 3 channels are the default
+    with pytest.raises(ValueError, match=r"digits has images of 8x8 pixels, and size is 32x32: "):
+        load("digits", size=32)
+    with pytest.raises(ValueError, match=r"toy\.npz has images of 5x7 pixels, and size is 7x5: "):
+        load(npz, size=(7, 5))
+    with pytest.raises(ValueError, match=r"toy\.npz has images of 3 channels, and channels is 1: "):
+        load(npz, channels=1)
+    with pytest.raises(ValueError, match="size must be a positive number of pixels"):
+        load("digits", size=0)
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text("1,2")
