@@ -18,6 +18,10 @@ TYPES = ("float32", "int8", "uint8")
 _DATA = (
     'images: "digits", a keras.datasets name, a .npz (x_train, y_train, x_test, y_test) or a folder'
 )
+_OTHER_CODES = (
+    "Exit code 1 if a code differs; then no file is written. --weights int4_all, whose kernels "
+    "round otherwise, counts what differs, writes the file and ends with 0."
+)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ COMMANDS = {
             "export",
             "MODEL",
             "write a quantized .keras as a .tflite and compare every code",
-            "Exit code 1 if a code differs; then no file is written.",
+            _OTHER_CODES,
             _export,
             ("keras-lowbit export w4a4.keras --out w4a4.tflite --weights int4 --data cifar10.npz",),
         ),
@@ -193,8 +197,8 @@ COMMANDS = {
             "zoo export",
             "NAME",
             "write a released model as a .tflite and compare every code",
-            "As `keras-lowbit export` does for a file. A model that does not ship with the package "
-            "comes from the cache, or from the URL in KERAS_LOWBIT_URL.",
+            f"{_OTHER_CODES} A model that does not ship with the package comes from the cache, or "
+            "from the URL in KERAS_LOWBIT_URL.",
             _export,
             ("keras-lowbit zoo export resnet8_cifar10_w4a4 --out resnet8.tflite --weights int4",),
         ),

@@ -83,6 +83,13 @@ def test_help_of_a_command_names_its_flags(run, name, flag):
     assert max(map(len, outcome.out.splitlines())) <= 100
 
 
+@pytest.mark.parametrize("name", ["export", "zoo export"])
+def test_help_says_when_a_file_with_other_codes_is_written(run, name):
+    said = " ".join(run(*name.split(), "--help").out.split())
+    assert "Exit code 1 if a code differs; then no file is written. --weights int4_all" in said
+    assert "counts what differs, writes the file and ends with 0" in said
+
+
 def test_every_command_has_a_function():
     assert all(callable(getattr(handlers, c.function)) for c in COMMANDS.values())
 
