@@ -19,10 +19,10 @@ from keras_lowbit.integer.build import (
     TYPES,
     WEIGHTS,
     integer_graph,
+    objections,
     stored,
 )
 from keras_lowbit.integer.integer_op import IntegerOp
-from keras_lowbit.integer.lower import Lowering
 from keras_lowbit.integer.values import NotExportable
 from keras_lowbit.kinds import kind_of
 from keras_lowbit.progress import table
@@ -199,7 +199,7 @@ def convert(
         "weights": weights,
     }
     walk.check_model(model)
-    if any(isinstance(layer, IntegerOp) for layer in model.layers):
+    if _is_frozen(model):
         graph, weights = _frozen_graph(model, preprocessing, options)
     else:
         graph = integer_graph(model, preprocessing=preprocessing, **options)
@@ -299,34 +299,48 @@ def fitting_images(graph: ir.Graph, images) -> dict[str, np.ndarray]:
     return cast
 
 
-def check(model: keras.Model, target: str = "android") -> list[str]:
-    """Every objection to exporting a model, before anyone trains; empty where there is none.
+def check(
+    model: keras.Model,
+    target: str = "android",
+    *,
+    weights: str = "int8",
+    input_type: str | None = None,
+    output_type: str = "float32",
+) -> list[str]:
+    """Every objection of `convert` to a model, before anyone trains; empty where there is none.
 
     Args:
-        model: a float or a quantized model; it need not be calibrated.
+        model: a float model, which is looked at as one of 8 bits, or a quantized one, which need
+            not be calibrated.
         target: name of a target.
+        weights: as for `convert`; which kernels become int4 follows from their bits.
+        input_type: as for `convert`.
+        output_type: as for `convert`.
 
     Raises:
-        ValueError: an unknown target, or a model without a graph.
+        ValueError: an unknown target, type or choice of weights, or a model without a graph.
     """
     place = targets.find(target)
+    checked_choice(weights, WEIGHTS, who="weights")
+    checked_choice(input_type, (None, *TYPES), who="input_type")
+    checked_choice(output_type, TYPES, who="output_type")
+    options = {"weights": weights, "input_type": input_type, "output_type": output_type}
     program = walk.flatten(model)
     try:
+        if _is_frozen(model):
+            graph, _ = _frozen_graph(model, None, {"batch": 1, **options})
+            return targets.objections(graph.ops, graph.tensors, place)
         if not any(kind_of(call) == "quantize" for call in program.calls):
             program = walk.flatten(quantize_model(model, "w8a8"))
-        lowering = Lowering(program, 1, "int8", dry=True)
+        found, operations, tensors = objections(program, **options)
     except ValueError as objection:
         # What no model can be built for stands before all that each layer might object to.
         return [str(objection)]
-    readers = program.readers()
-    found = [
-        f"Input {name} is not read by any layer. Build the model without it"
-        for name, ref in zip(program.input_names, program.inputs, strict=True)
-        if ref.index not in readers
-    ]
-    found += lowering.objections()
-    emitter = lowering.emitter
-    return found + targets.objections(emitter.ops, emitter.tensors, place)
+    return found + targets.objections(operations, tensors, place)
+
+
+def _is_frozen(model):
+    return any(isinstance(layer, IntegerOp) for layer in model.layers)
 
 
 def _sentence(place, found):

@@ -59,7 +59,8 @@ def _coral(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
     if dilation[0] != dilation[1]:
         found.append(f"the Edge TPU dilates alike in both directions. Got {dilation}")
     vector = all(n == 1 for n in shape[1:-1])
-    if isinstance(op, ir.FullyConnected) and not vector:
+    # An int4 one may be a 1x1 convolution, which the writer writes so.
+    if isinstance(op, ir.FullyConnected) and op.storage == "int8" and not vector:
         found.append(
             f"a dense layer's output must be one-dimensional on the Edge TPU. Got {shape[1:]}; "
             "write it as a 1x1 convolution"

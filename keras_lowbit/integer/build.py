@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -55,15 +56,52 @@ def integer_graph(
     lowering = Lowering(program, batch, weights, preprocessing=_pixels(preprocessing, program))
     outputs = lowering.run()
     emitter = lowering.emitter
-    heads, inputs = _input_ends(lowering, input_type)
-    tails, names = _output_ends(emitter, outputs, list(model.output_names), output_type)
-    body = _alive(emitter.ops, {t.inputs[0] for t in tails} | set(names))
-    body = [stored(op, emitter.tensors, weights) for op in body]
-    graph_ops = (*heads, *body, *tails)
+    heads = [_input_end(lowering, name, input_type) for name in program.input_names]
+    ends = zip(outputs, model.output_names, strict=True)
+    tails = [_output_end(emitter, value, name, output_type) for value, name in ends]
+    graph_ops = _stored(emitter, _alive(emitter.ops, _read_by(tails)), heads, tails, weights)
+    inputs, names = (tuple(end.tensor for end in side) for side in (heads, tails))
     used = {n for op in graph_ops for n in (*op.inputs, op.output)} | set(inputs)
     tensors = {name: t for name, t in emitter.tensors.items() if name in used}
-    graph = ir.Graph(tensors, graph_ops, tuple(inputs), tuple(names))
-    return _with_output_names(graph, _given_names(program))
+    return _with_output_names(ir.Graph(tensors, graph_ops, inputs, names), _given_names(program))
+
+
+def objections(program, *, input_type=None, output_type="float32", weights="int8"):
+    """All that stands against the integer graph of a model that need not be calibrated.
+
+    Args:
+        program: that of a quantized model, from `walk.flatten`.
+        input_type: as in `integer_graph`.
+        output_type: likewise.
+        weights: likewise.
+
+    Returns:
+        `(sentences, operations, tensors)`. Without sentences the operations are those of the graph,
+        else those that could be lowered.
+
+    Raises:
+        NotExportable: an input of unknown size, on which all else depends.
+    """
+    lowering = Lowering(program, 1, weights, dry=True)
+    found = lowering.objections()
+    lowered = not found
+    emitter, readers, heads, tails = lowering.emitter, program.readers(), [], []
+
+    def hear(ends, end, *arguments):
+        try:
+            ends.append(end(*arguments))
+        except NotExportable as objection:
+            found.append(str(objection))
+
+    for ref, name in zip(program.inputs, program.input_names, strict=True):
+        # Where what reads an input was refused, it has no grid of which to speak.
+        if lowered or name in emitter.images or ref.index not in readers:
+            hear(heads, _input_end, lowering, name, input_type)
+    for ref, name in zip(walk.refs(program.outputs), program.output_names, strict=True):
+        if ref.index in lowering.values:
+            hear(tails, _output_end, emitter, lowering.values[ref.index], name, output_type)
+    body = emitter.ops if found else _alive(emitter.ops, _read_by(tails))
+    return found, _stored(emitter, body, heads, tails, weights), emitter.tensors
 
 
 def _pixels(preprocessing, program):
@@ -95,67 +133,62 @@ def _pixels(preprocessing, program):
     return tuple(float(x.reshape(-1)[0]) if x.size == 1 else x for x in (scale, offset))
 
 
-def _input_ends(lowering, input_type):
-    heads, inputs = [], []
-    for name in lowering.program.input_names:
-        if name not in lowering.emitter.images:
-            raise NotExportable(
-                f"Input {name} is not read by any quantized layer. Build the model without it"
-            )
-        image, made = lowering.emitter.images[name]
-        tensor = lowering.emitter.tensors[made.tensor]
-        shift = image.offset / float(made.grid.scale)
-        # 1e-4 of a code is float32 noise of the offset, far below the half code that matters.
-        shifted = abs(shift) > 1e-4
-        kind = input_type or ("uint8" if shifted or image.pixels else "float32")
-        if kind == "float32" and shifted:
-            raise NotExportable(
-                f"Input {name}: its grid stands {shift:.4g} codes beside 0.0, which a float input "
-                "cannot say. Use input_type='uint8' (raw pixels) or 'int8'"
-            )
-        if kind == "int8":
-            inputs.append(made.tensor)
-            continue
-        border = lowering.emitter.name(name)
-        zero_point = tensor.zero_point + 128 if kind == "uint8" else 0
-        scale = tensor.scale if kind == "uint8" else None
-        lowering.emitter.tensors[border] = ir.Tensor(border, tensor.shape, kind, scale, zero_point)
-        heads.append(ir.Quantize((border,), made.tensor, name))
-        inputs.append(border)
-    return heads, inputs
+class _End(NamedTuple):
+    """An input or output of the graph, and the operation between it and the body, if any."""
+
+    tensor: str
+    op: ir.Op | None = None
 
 
-def _output_ends(emitter, outputs, output_names, output_type):
-    tails, names = [], []
-    for value, wanted in zip(outputs, output_names, strict=True):
-        if not isinstance(value, (OnGrid, Probabilities)) or getattr(value, "relu", None):
-            raise NotExportable(
-                f"Output {wanted} has no grid: quantize_model puts one there; in a model built by "
-                "hand, end with a Quantize and a Dequantize layer"
-            )
-        if isinstance(value, OnGrid):
-            value = emitter.in_reals(value)
-        if isinstance(value, OnGrid) and abs(value.factor - 1.0) > 1e-6:
-            raise NotExportable(
-                f"Output {wanted} sits on {value.grid.bits} bits; outputs need an 8-bit grid"
-            )
-        if output_type == "int8":
-            names.append(value.tensor)
-            continue
-        tensor = emitter.tensors[value.tensor]
-        border = emitter.name(f"{wanted}_{output_type}" if wanted == value.tensor else wanted)
-        unsigned = output_type == "uint8"
-        emitter.tensors[border] = ir.Tensor(
-            border,
-            tensor.shape,
-            output_type,
-            tensor.scale if unsigned else None,
-            tensor.zero_point + 128 if unsigned else 0,
+def _input_end(lowering, name, input_type):
+    if name not in lowering.emitter.images:
+        raise NotExportable(f"Input {name} is not read by any layer. Build the model without it")
+    image, made = lowering.emitter.images[name]
+    tensor = lowering.emitter.tensors[made.tensor]
+    shift = image.offset / float(made.grid.scale)
+    # 1e-4 of a code is float32 noise of the offset, far below the half code that matters.
+    shifted = abs(shift) > 1e-4
+    kind = input_type or ("uint8" if shifted or image.pixels else "float32")
+    if kind == "float32" and shifted:
+        raise NotExportable(
+            f"Input {name}: its grid stands {shift:.4g} codes beside 0.0, which a float input "
+            "cannot say. Use input_type='uint8' (raw pixels) or 'int8'"
         )
-        op = ir.Quantize if unsigned else ir.Dequantize
-        tails.append(op((value.tensor,), border, wanted))
-        names.append(border)
-    return tails, names
+    if kind == "int8":
+        return _End(made.tensor)
+    border = lowering.emitter.name(name)
+    zero_point = tensor.zero_point + 128 if kind == "uint8" else 0
+    scale = tensor.scale if kind == "uint8" else None
+    lowering.emitter.tensors[border] = ir.Tensor(border, tensor.shape, kind, scale, zero_point)
+    return _End(border, ir.Quantize((border,), made.tensor, name))
+
+
+def _output_end(emitter, value, wanted, output_type):
+    if not isinstance(value, (OnGrid, Probabilities)) or getattr(value, "relu", None):
+        raise NotExportable(
+            f"Output {wanted} has no grid: quantize_model puts one there; in a model built by "
+            "hand, end with a Quantize and a Dequantize layer"
+        )
+    if isinstance(value, OnGrid):
+        value = emitter.in_reals(value)
+    if isinstance(value, OnGrid) and abs(value.factor - 1.0) > 1e-6:
+        raise NotExportable(
+            f"Output {wanted} sits on {value.grid.bits} bits; outputs need an 8-bit grid"
+        )
+    if output_type == "int8":
+        return _End(value.tensor)
+    tensor = emitter.tensors[value.tensor]
+    border = emitter.name(f"{wanted}_{output_type}" if wanted == value.tensor else wanted)
+    unsigned = output_type == "uint8"
+    emitter.tensors[border] = ir.Tensor(
+        border,
+        tensor.shape,
+        output_type,
+        tensor.scale if unsigned else None,
+        tensor.zero_point + 128 if unsigned else 0,
+    )
+    op = ir.Quantize if unsigned else ir.Dequantize
+    return _End(border, op((value.tensor,), border, wanted))
 
 
 def _given_names(program):
@@ -191,6 +224,17 @@ def _with_output_names(graph, wanted):
         replace(op, inputs=tuple(map(named, op.inputs)), output=named(op.output)) for op in graph
     )
     return ir.Graph(tensors, operations, graph.inputs, tuple(map(named, graph.outputs)))
+
+
+def _read_by(tails):
+    """Tensors of the body that outputs are, or are made of."""
+    return {end.op.inputs[0] if end.op else end.tensor for end in tails}
+
+
+def _stored(emitter, body, heads, tails, weights):
+    """The operations of a graph in order, kernels in the containers of `weights`."""
+    first, last = ([end.op for end in side if end.op] for side in (heads, tails))
+    return (*first, *(stored(op, emitter.tensors, weights) for op in body), *last)
 
 
 def _alive(ops, wanted):

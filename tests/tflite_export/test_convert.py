@@ -367,10 +367,12 @@ def test_what_the_edge_tpu_would_leave_to_the_cpu_is_named_before_training(layer
     inputs = keras.Input(SHAPE)
     model = keras.Model(inputs, layer()(K.Conv2D(3, 1, name="fine")(inputs)))
     assert check(model) == []
-    (found,) = check(model, "coral")
-    assert re.search(message, found)
-    with pytest.raises(NotExportable, match=message):
+    found = check(model, "coral")
+    assert re.search(message, found[0])
+    assert {line.split()[0] for line in found} == {"odd"}
+    with pytest.raises(NotExportable, match=message) as refused:
         convert(trained(model=model), target="coral")
+    assert str(refused.value).splitlines()[1:] == [f"  {line}" for line in found]
 
 
 @pytest.mark.parametrize("channels", [(1, 2), (0, 2), (1, 0)])
