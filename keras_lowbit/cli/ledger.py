@@ -20,6 +20,8 @@ except ImportError:  # Windows
 # What is there while the second model is trained; sections of a recipe that make the first.
 _BEGUN = ("backup_model", "blocks")
 _OF_FLOAT = ("data", "model", "pretrain")
+# What is made of a job's images and models alone, whatever files are written.
+_WITHOUT_FILES = ("float", "model", "accuracy_float", "accuracy_quantized")
 _LOOKED_AT = 16  # images of each part of a data set
 
 
@@ -90,7 +92,8 @@ class Stages:
     """What is finished in a folder, in `stages.json`; a folder belongs to one job.
 
     As long as it holds a trained float model and nothing else, another job that begins with that
-    one may have it: what comes behind can be mended without training it again.
+    one may have it: what comes behind can be mended without training it again. So may a job of
+    another `[export]`, which forgets the files and what was measured of them.
     """
 
     def __init__(self, out: Path, job: dict):
@@ -101,11 +104,16 @@ class Stages:
             raise ValueError(f"{self.path} is damaged (no job and what is done). Remove it")
         if self.found["job"] != job and self._is_a_start(out, job):
             self.found["job"] = job
-        if self.found["job"] != job:
+        old, new = _without_export(self.found["job"]), _without_export(job)
+        if old != new:
             raise ValueError(
                 f"{out} holds results of another recipe, backend, data or weights "
-                f"({_difference(self.found['job'], job)}). Give another --out, or remove it"
+                f"({_difference(old, new)}). Give another --out, or remove it"
             )
+        if self.found["job"] != job:
+            done = self.found["done"]
+            kept = {name: done[name] for name in _WITHOUT_FILES if name in done}
+            self.found = {"job": job, "done": kept}
 
     def _is_a_start(self, out, job):
         begun = any((out / name).exists() for name in _BEGUN)
@@ -144,6 +152,14 @@ def _of_float(job):
     behind = {k: v for k, v in (job.get("contents") or {}).items() if k != "teacher"}
     seed = (recipe.get("train") or {}).get("seed")
     return {**job, "contents": behind, "recipe": {**sections, "seed": seed}}
+
+
+def _without_export(job):
+    """What the models of a job depend on."""
+    recipe = job.get("recipe")
+    if not isinstance(recipe, dict):
+        return job
+    return {**job, "recipe": {name: recipe[name] for name in recipe if name != "export"}}
 
 
 def _difference(old, new, prefix=""):

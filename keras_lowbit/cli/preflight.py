@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def check(recipe: Recipe, dataset, model) -> None:
         ValueError: nothing to train, a model that is no classifier of the images, a batch of more
             images than there are, a scheme that does not fit the model, blocks that reconstruction
             cannot find or tune, logits that are none, a `bit_descent` that finds nothing to lower,
-            a model that no file can hold.
+            a file that cannot be written as `[export]` asks.
     """
     _check_start(recipe)
     name = recipe.model.architecture
@@ -80,13 +81,23 @@ def _check_student(recipe, dataset, model):
             descent.set_params({"epochs": recipe.train.epochs})
             descent.set_model(made)
             descent.on_train_begin()
+    _check_files(recipe, made)
+
+
+def _check_files(recipe, made):
+    """Each of the files that are listed, with its containers and the types of its ends."""
     export = recipe.export
-    objections = tflite_export.check(made, export.target) if export.weights else []
-    if objections:
-        listed = "\n  ".join(objections)
+    options = {"input_type": export.input_type or None, "output_type": export.output_type}
+    found = {
+        weights: tflite_export.check(made, export.target, weights=weights, **options)
+        for weights in export.weights
+    }
+    refused = [f"model_{weights}.tflite" for weights, objections in found.items() if objections]
+    if refused:
+        listed = "\n  ".join(dict.fromkeys(itertools.chain(*found.values())))
         raise ValueError(
-            f"{recipe.name}: no file can hold this model; [export] weights = [] trains "
-            f"and measures it without:\n  {listed}"
+            f"{recipe.name} [export]: {', '.join(refused)} cannot be written for {export.target}; "
+            f"weights = [] trains and measures the model without:\n  {listed}"
         )
 
 

@@ -90,6 +90,60 @@ def test_what_a_mended_recipe_would_lose_or_mistake_is_refused(run, recipe, tmp_
     assert (outcome.code, "results of another recipe" in outcome.err) == (2, True)
 
 
+TRAINED = {"pretrain": {"epochs": 1, "xla": "off"}, "train": {"epochs": 1}}
+MODELS = ("float.keras", "model.keras")
+
+
+def test_another_export_keeps_what_was_trained(run, recipe, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    path = recipe(**TRAINED, export={"weights": ["int8", "int4"]})
+    assert run("train", path, "--out", out).code == 0
+    models = [(out / name).read_bytes() for name in MODELS]
+    stages = json.loads((out / "stages.json").read_text())
+    measured = {name: dict(stages["done"][name]) for name in ("accuracy_int8", "accuracy_frozen")}
+    for name in ("accuracy_float", "accuracy_quantized", *measured):
+        stages["done"][name]["right"] = -1  # what is kept is told from what is made again
+    (out / "stages.json").write_text(json.dumps(stages))
+
+    monkeypatch.setattr("keras_lowbit.cli.trainer.fit", lambda *a, **k: pytest.fail("trains"))
+    export = {"weights": ["int8"], "input_type": "int8", "output_type": "int8"}
+    assert run("train", recipe(**TRAINED, export=export), "--out", out).code == 0
+    assert [(out / name).read_bytes() for name in MODELS] == models
+    after = json.loads((out / "stages.json").read_text())
+    kept = ("float", "model", "accuracy_float", "accuracy_quantized")
+    assert {name: after["done"][name] for name in kept} == {n: stages["done"][n] for n in kept}
+    assert after["done"].keys() == {*kept, *measured, "file_int8"}
+    for name, scores in measured.items():
+        assert after["done"][name]["right"] == scores["right"]
+    assert after["done"]["file_int8"]["sha256"] != stages["done"]["file_int8"]["sha256"]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["recipe"]["export"]["output_type"] == "int8"
+    assert list(metrics["files"]) == ["model_int8.tflite"]
+    assert [p.name for p in out.glob("*.tflite")] == ["model_int8.tflite"]
+
+
+def test_a_mended_export_goes_on_behind_the_trained_model(run, recipe, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("tflite_export.check", lambda *a, **k: [])  # as if it knew less
+        export = {"target": "coral", "weights": ["int8", "int4"]}
+        outcome = run("train", recipe(**TRAINED, export=export), "--out", out)
+        assert (outcome.code, "use weights='int8'" in outcome.err) == (2, True)
+    models = [(out / name).read_bytes() for name in MODELS]
+    monkeypatch.setattr("keras_lowbit.cli.trainer.fit", lambda *a, **k: pytest.fail("trains"))
+    mended = recipe(**TRAINED, export={"target": "coral", "weights": ["int8"]})
+    assert run("train", mended, "--out", out).code == 0
+    assert [(out / name).read_bytes() for name in MODELS] == models
+
+
+def test_beside_another_export_what_makes_a_run_another_one_is_named(run, recipe, tmp_path):
+    out = tmp_path / "out"
+    assert run("train", recipe(train={"epochs": 0}), "--out", out).code == 0
+    other = recipe(train={"epochs": 0}, export={"output_type": "int8"})
+    said = run("train", other, "--out", out, "--tune").error
+    assert "(tune: False, now True)" in said
+
+
 @pytest.fixture
 def own_data(made, tmp_path):
     """A copy of the digits; `own_data(part=change)` writes it again with a part changed."""

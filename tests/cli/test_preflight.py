@@ -131,8 +131,8 @@ def test_weights_are_given_or_trained(made, recipe, digits, sections, monkeypatc
     """The check goes on to its last question, whether a file can hold the model."""
     asked, check = [], preflight.tflite_export.check
 
-    def asking(model, target):
-        asked.append(check(model, target))
+    def asking(model, target, **options):
+        asked.append(check(model, target, **options))
         return asked[-1]
 
     monkeypatch.setattr(preflight.tflite_export, "check", asking)

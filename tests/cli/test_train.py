@@ -579,6 +579,46 @@ def test_what_cannot_be_quantized_or_exported_is_refused_before_the_float_model_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def shifted(tmp_path):
+    """A file of a net whose grid of pixels has no code for 0.0."""
+    inputs = keras.Input((8, 8, 1), name="image")
+    x = keras.layers.Rescaling(1 / 127.5, -1.0)(inputs)
+    x = keras.layers.Conv2D(4, 1, activation="relu", name="mix")(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    keras.Model(inputs, keras.layers.Dense(10)(x)).save(tmp_path / "shifted.keras")
+    return tmp_path / "shifted.keras"
+
+
+@pytest.mark.parametrize(
+    ("export", "said"),
+    [
+        (
+            {"target": "coral", "weights": ["int8", "int4_all"]},
+            "tiny [export]: model_int4_all.tflite cannot be written for coral; weights = [] trains "
+            "and measures the model without: mix (conv_2d): the Edge TPU reads kernels of",
+        ),
+        ({"target": "builtin", "weights": ["int4", "int8"]}, ": model_int4.tflite cannot be wri"),
+        (
+            {"weights": ["int8", "int4"], "input_type": "float32"},
+            ": model_int8.tflite, model_int4.tflite cannot be written for android; weights = [] "
+            "trains and measures the model without: Input image: its grid stands -128 codes",
+        ),
+    ],
+)
+def test_files_that_cannot_be_written_are_told_before_the_float_model_trains(
+    run, recipe, tmp_path, monkeypatch, shifted, export, said
+):
+    monkeypatch.setattr("keras_lowbit.cli.trainer.fit", lambda *a, **k: pytest.fail("trains"))
+    quantize = {"scheme": "w4a4", "ends_bits": 4}
+    model = {"architecture": str(shifted)}
+    path = recipe(model=model, pretrain={"epochs": 1}, quantize=quantize, export=export)
+    outcome = run("train", path, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert said in outcome.error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_no_file_can_hold_trains_without_files(run, recipe, tmp_path):
     path = recipe(quantize={"exceptions": {"mix": "float"}}, export={"weights": []})
     outcome = run("train", path, "--out", tmp_path / "out", "--epochs=1")
