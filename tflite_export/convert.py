@@ -28,7 +28,7 @@ from keras_lowbit.kinds import kind_of
 from keras_lowbit.progress import table
 from keras_lowbit.transform import quantize_model
 from keras_lowbit.whole_files import replacing
-from tflite_export import flatbuffer, runtime, targets
+from tflite_export import runtime, targets
 from tflite_export.verify import Verification
 from tflite_export.verify import verify as compare
 
@@ -189,7 +189,10 @@ def convert(
         NotExportable: layers that have no integer form, or that the target refuses, by name.
         ValueError: an unknown target or type, images that do not fit, or options that a frozen
             model was not frozen with.
+        ImportError: without the `tflite` extra.
     """
+    from tflite_export import flatbuffer  # at its use: only files need the `tflite` extra
+
     place = targets.find(target)
     checked_choice(weights, WEIGHTS, who="weights")
     options = {

@@ -1,4 +1,7 @@
-"""An integer graph as the bytes of a `.tflite` file: the only file that knows the schema."""
+"""An integer graph as the bytes of a `.tflite` file: the only file that knows the schema.
+
+It needs the `tflite` extra, so whoever writes files imports it where that is done.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import numpy as np
 XNNPACK = "XNNPACK"
 BUILT_IN = "built-in"
 _DELEGATE_NODE = "DELEGATE"
+_EXTRA = ("flatbuffers", "ai_edge_litert.schema_py_generated", "ai_edge_litert.interpreter")
 
 
 def require(module: str):
@@ -25,6 +26,16 @@ def require(module: str):
         raise ImportError(
             f"tflite_export needs {module}: pip install keras-lowbit[tflite]"
         ) from error
+
+
+def require_extra() -> None:
+    """See that files can be written and run here.
+
+    Raises:
+        ImportError: naming the command that installs what is missing.
+    """
+    for module in _EXTRA:
+        require(module)
 
 
 def open_interpreter(content: bytes, *, threads: int = 1, builtin_kernels: bool = False):

@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_lowbit.integer import graph as ir
 from keras_lowbit.integer import reference
-from tflite_export import flatbuffer, runtime
+from tflite_export import runtime
 
 EVERY_TENSOR = "reference and LiteRT, every tensor"
 OUTPUTS = "reference and LiteRT, outputs of the file as shipped"
@@ -112,7 +112,10 @@ def verify(
     Raises:
         ValueError: for images that do not fit the graph, frozen tensors that it does not have or
             of another shape, or a file that the runtime refuses.
+        ImportError: without the `tflite` extra.
     """
+    from tflite_export import flatbuffer  # at its use: only files need the `tflite` extra
+
     inputs = _named_inputs(graph, images)
     count = len(next(iter(inputs.values())))
     batch = graph.tensors[graph.inputs[0]].shape[0]

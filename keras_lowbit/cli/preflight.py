@@ -16,6 +16,7 @@ from keras_lowbit.cli.pixels import range_of
 from keras_lowbit.cli.recipe import Recipe
 from keras_lowbit.transform import fold_batchnorm, quantize_model
 from keras_lowbit.tuning.plan import plan
+from tflite_export import runtime
 
 
 @contextlib.contextmanager
@@ -40,8 +41,11 @@ def check(recipe: Recipe, dataset, model) -> None:
             images than there are, a scheme that does not fit the model, blocks that reconstruction
             cannot find or tune, logits that are none, a `bit_descent` that finds nothing to lower,
             a file that cannot be written as `[export]` asks.
+        ImportError: files without the `tflite` extra, which writes them.
     """
     _check_start(recipe)
+    if recipe.scheme is not None and recipe.export.weights:
+        _check_extra(recipe)
     name = recipe.model.architecture
     with of_section(recipe, "model"):
         measure.check_classes(name, measure.output_classes(model, name), dataset)
@@ -68,6 +72,16 @@ def _check_start(recipe):
             f"{recipe.name}: nothing is trained, and {given.architecture} begins with random "
             "weights. Give --weights, a .keras file in [model], or epochs in [pretrain] or [train]"
         )
+
+
+def _check_extra(recipe):
+    try:
+        runtime.require_extra()
+    except ImportError as error:
+        raise ImportError(
+            f"{recipe.name}: [export] weights = [] trains and measures the model without files; "
+            f"{error}"
+        ) from error
 
 
 def _check_student(recipe, dataset, model):

@@ -62,6 +62,7 @@ def run_recipe(
     Raises:
         ValueError: whatever the recipe, the data or the weights have wrong; `out` holds the
             results of another recipe, of other images or weights, or another run is at work there.
+        ImportError: files are to be written, and the `tflite` extra is not installed.
         OSError: the disk is full.
     """
     out = Path(out)
