@@ -31,14 +31,30 @@ class Target:
     joins_zeros: bool = False
 
 
-def _none(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
-    return []
+# Axes beyond which kernels refuse a file, or multiply repeated values by others than meant.
+_MOST_AXES = {ir.Pad: 6, ir.Concatenate: 6, ir.FullyConnected: 6, ir.Multiply: 6}
+_MOST_AXES_BUILTIN = {**_MOST_AXES, ir.Pad: 5, ir.Slice: 5, ir.Transpose: 6}
+
+
+def _axes(op: ir.Op, shape: tuple[int, ...], most: Mapping[type[ir.Op], int]) -> list[str]:
+    limit = most.get(type(op), len(shape))
+    if len(shape) <= limit:
+        return []
+    return [
+        f"it takes at most {limit} axes there, that of images counted. Got {shape}; join axes with "
+        "a Reshape before it, and part them behind it"
+    ]
+
+
+def _android(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
+    return _axes(op, shape, _MOST_AXES)
 
 
 def _old_builtin(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
+    found = _axes(op, shape, _MOST_AXES_BUILTIN)
     if isinstance(op, ir.FullyConnected) and op.storage == "int4":
-        return ["tflite-runtime 2.14 loads no int4 FULLY_CONNECTED; use weights='int8'"]
-    return []
+        found.append("tflite-runtime 2.14 loads no int4 FULLY_CONNECTED; use weights='int8'")
+    return found
 
 
 def _coral(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
@@ -74,7 +90,7 @@ def _coral(op: ir.Op, shape: tuple[int, ...]) -> list[str]:
 
 
 TARGETS = {
-    "android": Target("android", "LiteRT 2, default kernels (XNNPACK)", _none),
+    "android": Target("android", "LiteRT 2, default kernels (XNNPACK)", _android),
     "builtin": Target("builtin", "tflite-runtime 2.14 and newer, built-in kernels", _old_builtin),
     "coral": Target(
         "coral",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_lowbit import walk
 from keras_lowbit.transform.copies import config_of, rebuilt, rebuilt_model, refuse_changed
@@ -89,13 +88,26 @@ def _check(call):
 
 
 def _spread(x, strides, name, make):
-    """`x` with zeros behind each value: sizes times strides."""
+    """`x` with zeros behind each value: sizes times strides.
+
+    Along one axis at a time: built-in kernels pad at most 5 axes, the Edge TPU's compiler 4.
+    """
+    (h, w, c), (s, t) = x.shape[1:], strides
+    if t > 1:
+        x = keras.layers.Reshape((h * w, 1, c), name=make.name(f"{name}_apart"))(x)
+        x = _widened(x, t, make.name(f"{name}_between"))
+    if s > 1:
+        x = keras.layers.Reshape((h, 1, w * t * c), name=make.name(f"{name}_rows"))(x)
+        x = _widened(x, s, make.name(f"{name}_between_rows"))
     if max(strides) == 1:
         return x
-    (h, w, c), (s, t) = x.shape[1:], strides
-    x = keras.layers.Reshape((h, 1, w, 1, c), name=make.name(f"{name}_apart"))(x)
-    x = ops.pad(x, ((0, 0), (0, 0), (0, s - 1), (0, 0), (0, t - 1), (0, 0)))
     return keras.layers.Reshape((h * s, w * t, c), name=make.name(f"{name}_spread"))(x)
+
+
+def _widened(x, width, name):
+    """`x`, one value wide, with zeros behind each value."""
+    around = ((0, 0), (0, width - 1))
+    return keras.layers.ZeroPadding2D(around, data_format="channels_last", name=name)(x)
 
 
 def _around(call):

@@ -345,6 +345,38 @@ def test_the_old_target_refuses_int4_dense_layers_by_name():
         convert(trained(), target="builtin", weights="int4")
 
 
+@pytest.mark.parametrize(
+    ("move", "most"),
+    [
+        (lambda x: ops.pad(x, ((0, 0),) * (len(x.shape) - 2) + ((1, 0), (0, 0))), (6, 5)),
+        (lambda x: x[..., :2], (8, 5)),
+        (lambda x: ops.transpose(x, (0, *range(len(x.shape) - 1, 0, -1))), (8, 6)),
+        (lambda x: K.Concatenate()([x, x]), (6, 6)),
+    ],
+    ids=["pad", "slice", "transpose", "concatenation"],
+)
+def test_more_axes_than_kernels_take_are_refused_by_name(move, most):
+    """Counts of axes are those of LiteRT's kernels, and of tflite-runtime 2.14's."""
+    for axes in (5, 6, 7):
+        inputs = keras.Input((6, 3))
+        x = K.Dense(4, activation="relu")(inputs)
+        x = move(K.Reshape((*(1,) * (axes - 4), 2, 3, 4))(x))
+        model = keras.Model(inputs, K.Dense(2)(K.Flatten()(x)))
+        for target, limit in zip(("android", "builtin"), most, strict=True):
+            found = check(model, target)
+            if axes <= limit:
+                assert found == []
+                continue
+            (sentence,) = found
+            assert f"it takes at most {limit} axes there, that of images counted. Got (1, " in sentence
+            assert "join axes with a Reshape before it" in sentence
+        if axes <= min(most):
+            rows = np.random.default_rng(0).normal(size=(4, 6, 3)).astype("float32")
+            small = calibrate(quantize_model(model, "w8a8"), rows)
+            result = convert(small, "builtin")
+            runtime.open_interpreter(result.content, builtin_kernels=True)
+
+
 def test_the_edge_tpu_takes_int8_kernels_and_one_image():
     assert check(small(), "coral") == []
     assert convert(trained(), target="coral", verify=images(2)).mismatches == 0
