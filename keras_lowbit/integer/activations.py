@@ -49,9 +49,15 @@ def activated(value, call, who):
 
 
 def _other_axis(call):
+    own = getattr(call.operation, "activation", None) or call.operation
+    rank, axis, way_out = len(call.output.shape), own.axis, ""
+    if isinstance(axis, int) and axis % rank:
+        order = [*(a for a in range(1, rank) if a != axis % rank), axis % rank]
+        back = [1 + order.index(a) for a in range(1, rank)]
+        way_out = f"; write Permute({tuple(order)}), Softmax() and Permute({tuple(back)})"
     return (
         f"{call.name}: only a softmax over the last axis has an integer form, and "
-        "this one runs over another"
+        f"this one runs over another{way_out}"
     )
 
 

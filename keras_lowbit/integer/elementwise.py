@@ -26,7 +26,8 @@ def add(lowering, call):
     if first.shape != second.shape:
         raise NotExportable(
             f"{call.name}: only equal shapes are added. Got {first.shape} and {second.shape}; "
-            "repeat the smaller one, such as (1, 1, channels) with UpSampling2D"
+            "repeat the smaller one, such as (1, 1, channels) with UpSampling2D, or "
+            "(height, width, 1) with Concatenate()([x] * channels)"
         )
     return Elementwise(ir.Add, first, second, first.shape, call.name)
 

@@ -162,10 +162,15 @@ def _whole_window(call, value, what):
     axis = getattr(call.operation, "axis", (1, 2))
     axes = () if axis is None else tuple(a % 4 for a in np.atleast_1d(axis))
     if len(value.shape) != 4 or sorted(axes) != [1, 2]:
-        pool = {"mean": "GlobalAveragePooling2D", "maximum": "GlobalMaxPooling2D"}[what]
+        pool = {"mean": "AveragePooling2D", "maximum": "MaxPooling2D"}[what]
+        way_out = ""
+        if len(value.shape) == 4 and axes == (3,):
+            h, w, c = value.shape[1:]
+            back = (h, w, 1) if call.operation.keepdims else (h, w)
+            way_out = f"; write Reshape({(h * w, c, 1)}), {pool}({(1, c)}) and Reshape({back})"
         raise NotExportable(
-            f"{call.name}: only a {what} over height and width is supported, that of {pool}. "
-            f"Got axis={axis} of {value.shape}"
+            f"{call.name}: only a {what} over height and width is supported, that of "
+            f"Global{pool}. Got axis={axis} of {value.shape}{way_out}"
         )
     return value.shape[1:3], (value.shape[0], 1, 1, value.shape[-1])
 
@@ -199,9 +204,23 @@ def upsample(lowering, call):
     if layer.interpolation != "nearest":
         raise NotExportable(
             f"{call.name}: only interpolation='nearest' has an integer form. "
-            f"Got {layer.interpolation!r}"
+            f"Got {layer.interpolation!r}; {_near(layer)}"
         )
     return _moved(lowering, call, ir.ResizeNearest, factors=tuple(layer.size))
+
+
+def _near(layer):
+    """What comes near an interpolation: between pixels the same as the bilinear one."""
+    if layer.interpolation != "bilinear":
+        return "nearest exports"
+    # Each pixel n times, then these weights, is the tent of 2 n values that interpolates.
+    rows = [np.full(n, 1 / n) if n % 2 else np.r_[0.5, np.ones(n - 1), 0.5] / n for n in layer.size]
+    kernel = ", ".join(f"[{', '.join(f'{x:.6g}' for x in row)}]" for row in rows)
+    return (
+        "the same but at the border is nearest, then "
+        f"DepthwiseConv2D({tuple(map(len, rows))}, padding='same', use_bias=False) with "
+        f"np.outer({kernel}) as its kernel of each channel"
+    )
 
 
 def reshape(lowering, call):

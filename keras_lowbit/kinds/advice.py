@@ -49,6 +49,9 @@ CALL_REWRITES = {
     "Split": "a slice for each part, such as x[..., :n],",
 }
 
+# What `keras.applications.InceptionResNetV2` adds branches by: a layer without a public name.
+_SCALED_SUM = (keras.applications.InceptionResNetV2.__module__, "CustomScaleLayer")
+
 
 def rewrite_of(call: Call) -> str | None:
     """What to write in place of a call that has no integer form; `None` where nothing is known."""
@@ -57,8 +60,12 @@ def rewrite_of(call: Call) -> str | None:
         if has_kind(kind) and reads_more(call):
             return _ARGUMENTS.get(kind.__name__, f"{kind.__name__} with one tensor and no mask")
         return REWRITES.get(kind.__name__)
+    if (kind.__module__, kind.__name__) == _SCALED_SUM:
+        return f"Add()([a, Rescaling({call.operation.scale:g})(b)]), for its tensors [a, b],"
     if isinstance(call.operation, keras.layers.Layer):
         return None
+    if kind.__name__ == "Cast" and "int" in call.inputs[0].dtype:
+        return f"Rescaling, which takes {call.inputs[0].dtype} as it is,"
     if hasattr(keras.activations, kind.__name__.lower()):
         return ACTIVATIONS
     # A minus between two tensors; to take a constant off each pixel is another matter.

@@ -48,17 +48,20 @@ class ImageGrids:
 
     def _scaling(self, call):
         """Gain and shift of the rescalings that end with `call`, one behind the other."""
-        scale, offset = 1.0, 0.0
+        scale, offset, last = 1.0, 0.0, call
         while call is not None:
             gain, shift = scaling_of(call)
             if np.ndim(gain) or np.ndim(shift):
+                better = self._as_normalization(last) or "Normalization"
                 raise ValueError(
                     f"{call.name}: Rescaling by channel cannot become an input grid. "
-                    "Use Normalization for that, or one number."
+                    f"Use {better} for that, or one number."
                 )
             if not 0 < gain < np.inf or not np.isfinite(shift):
+                better = self._as_normalization(last)
                 raise ValueError(
                     f"{call.name}: an input must be rescaled by a positive number. Got {gain:g}"
+                    f"{f'; use {better} for that' if better else ''}"
                 )
             scale, offset = scale * float(gain), offset + scale * float(shift)
             before = self.plan.walk_back(call.inputs[0], BEFORE_GRID)
@@ -69,6 +72,27 @@ class ImageGrids:
                 )
             call = before
         return scale, offset
+
+    def _as_normalization(self, call):
+        """What to write for the rescalings that end with `call`, with its numbers, or `None`.
+
+        gain * x + shift = sign(gain) * (x - mean) / sqrt(variance)
+        mean = -shift / gain
+        variance = 1 / gain^2
+        """
+        gain, shift = np.float64(1.0), np.float64(0.0)
+        with np.errstate(all="ignore"):  # what is not finite is not offered
+            while call is not None:
+                factor, term = scaling_of(call)
+                gain, shift = gain * factor, shift + gain * term
+                call = self.plan.walk_back(call.inputs[0], BEFORE_GRID)
+            mean, variance = np.broadcast_arrays(-shift / gain, 1.0 / gain**2)
+        signs = set(np.sign(np.atleast_1d(gain)))
+        known = np.all(np.isfinite([mean, variance])) and np.all(variance > 0)
+        if not known or len(signs) > 1:
+            return None
+        layer = f"Normalization(mean={_written(mean)}, variance={_written(variance)})"
+        return layer if signs == {1.0} else f"{layer} and behind it Rescaling(-1.0)"
 
     def holds_zero(self, ref):
         """Whether 0.0 is a code of an image's grid, or nearly: half a code beside one."""
@@ -97,6 +121,12 @@ class ImageGrids:
         if pads and not all(self.holds_zero(ref) for ref in read):
             return False
         return len({self.offset_of(ref) for ref in read}) == 1
+
+
+def _written(numbers):
+    """Numbers to be copied: one, or a list of one a channel."""
+    texts = [f"{x + 0.0:.7g}" for x in np.atleast_1d(numbers)]
+    return texts[0] if np.ndim(numbers) == 0 else f"[{', '.join(texts)}]"
 
 
 def ranges_by_input(program, given) -> dict[str, tuple[float, float]]:

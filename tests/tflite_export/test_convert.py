@@ -368,7 +368,9 @@ def test_more_axes_than_kernels_take_are_refused_by_name(move, most):
                 assert found == []
                 continue
             (sentence,) = found
-            assert f"it takes at most {limit} axes there, that of images counted. Got (1, " in sentence
+            assert (
+                f"it takes at most {limit} axes there, that of images counted. Got (1, " in sentence
+            )
             assert "join axes with a Reshape before it" in sentence
         if axes <= min(most):
             rows = np.random.default_rng(0).normal(size=(4, 6, 3)).astype("float32")

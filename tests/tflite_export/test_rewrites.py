@@ -1,5 +1,7 @@
 """What a refusal says to write instead: that it says so, and that this exports exactly."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -190,6 +192,170 @@ def test_a_smaller_tensor_that_is_repeated_can_be_added():
     mean = K.GlobalAveragePooling2D(keepdims=True)(x)
     (sentence,) = check(keras.Model(inputs, K.Dense(2)(K.Flatten()(K.Add()([x, mean])))))
     assert "repeat the smaller one, such as (1, 1, channels) with UpSampling2D" in sentence
+    assert "or (height, width, 1) with Concatenate()([x] * channels)" in sentence
     x = K.Add()([x, K.UpSampling2D(IMAGE[:2])(mean)])
     model = quantize_model(keras.Model(inputs, K.Dense(2)(K.Flatten()(x))), "w8a8")
     assert convert(calibrate(model, data(IMAGE)), verify=data(IMAGE)).mismatches == 0
+
+
+def between(middle):
+    """`middle` of a convolution's 5 channels."""
+    inputs = keras.Input(IMAGE)
+    return keras.Model(inputs, middle(K.Conv2D(5, 3, padding="same")(inputs)))
+
+
+def tent(size, interpolated, window, *rows):
+    def smooth(x):
+        kernel = np.outer(*rows)[..., None, None] * np.ones((1, 1, 5, 1))
+        weigh = K.DepthwiseConv2D(window, padding="same", use_bias=False)
+        x = weigh(K.UpSampling2D(size)(x))
+        weigh.set_weights([kernel])
+        return K.Cropping2D(size)(x)
+
+    def bilinear(x):
+        return K.Cropping2D(size)(K.UpSampling2D(size, interpolation="bilinear")(x))
+
+    return bilinear, interpolated, smooth
+
+
+def by_channels(pool, back):
+    return lambda x: K.Reshape(back)(pool((1, 5))(K.Reshape((48, 5, 1))(x)))
+
+
+def scaled_sum(x):
+    layer = sys.modules[keras.applications.InceptionResNetV2.__module__].CustomScaleLayer
+    return layer(0.17, name="sum")([x, K.ReLU()(x)])
+
+
+# What is refused, words of the refusal, and what they say to write.
+SAID = {
+    "bilinear": tent(
+        (2, 2),
+        "Got 'bilinear'; the same but at the border is nearest, then DepthwiseConv2D((3, 3), "
+        "padding='same', use_bias=False) with np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25]) as "
+        "its kernel of each channel",
+        (3, 3),
+        [0.25, 0.5, 0.25],
+        [0.25, 0.5, 0.25],
+    ),
+    "bilinear, other sizes": tent(
+        (3, 4),
+        "DepthwiseConv2D((3, 5), padding='same', use_bias=False) with "
+        "np.outer([0.333333, 0.333333, 0.333333], [0.125, 0.25, 0.25, 0.25, 0.125]) as its",
+        (3, 5),
+        [1 / 3] * 3,
+        [0.125, 0.25, 0.25, 0.25, 0.125],
+    ),
+    "softmax over channels first": (
+        lambda x: K.Softmax(axis=1)(x),
+        "this one runs over another; write Permute((2, 3, 1)), Softmax() and Permute((3, 1, 2))",
+        lambda x: K.Permute((3, 1, 2))(K.Softmax()(K.Permute((2, 3, 1))(x))),
+    ),
+    "softmax call over width": (
+        lambda x: ops.softmax(x, axis=-2),
+        "write Permute((1, 3, 2)), Softmax() and Permute((1, 3, 2))",
+        lambda x: K.Permute((1, 3, 2))(K.Softmax()(K.Permute((1, 3, 2))(x))),
+    ),
+    "mean over channels": (
+        lambda x: ops.mean(x, axis=-1, keepdims=True),
+        "write Reshape((48, 5, 1)), AveragePooling2D((1, 5)) and Reshape((8, 6, 1))",
+        by_channels(K.AveragePooling2D, (8, 6, 1)),
+    ),
+    "maximum over channels": (
+        lambda x: ops.max(x, axis=3),
+        "write Reshape((48, 5, 1)), MaxPooling2D((1, 5)) and Reshape((8, 6))",
+        by_channels(K.MaxPooling2D, (8, 6)),
+    ),
+    "scaled sum": (
+        scaled_sum,
+        "(CustomScaleLayer) has no integer form. Write Add()([a, Rescaling(0.17)(b)]), for its "
+        "tensors [a, b], instead",
+        lambda x: K.Add()([x, K.Rescaling(0.17)(K.ReLU()(x))]),
+    ),
+    "one value for all channels": (
+        lambda x: K.Add()([x, x[..., :1]]),
+        "(height, width, 1) with Concatenate()([x] * channels)",
+        lambda x: K.Add()([x, K.Concatenate()([x[..., :1]] * 5)]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_refusals_say_to_write_computes_the_same_and_exports_exactly(name):
+    refused, said, rewrite = SAID[name]
+    old, new = between(refused), between(rewrite)
+    (sentence,) = check(old)
+    assert said in sentence
+    new.layers[1].set_weights(old.layers[1].get_weights())
+    # Float32 noise of sums in another order.
+    np.testing.assert_allclose(
+        new.predict(data(IMAGE), verbose=0), old.predict(data(IMAGE), verbose=0), atol=1e-5
+    )
+    for scheme in ("w8a8", "w4a4"):
+        model = calibrate(quantize_model(new, scheme), data(IMAGE))
+        assert convert(model, verify=data(IMAGE)).mismatches == 0
+
+
+def from_pixels(prepare, dtype="float32"):
+    inputs = keras.Input(IMAGE, dtype=dtype)
+    x = K.Conv2D(4, 3, padding="same", activation="relu")(prepare(inputs))
+    return keras.Model(inputs, K.Dense(2)(K.GlobalAveragePooling2D()(x)))
+
+
+MEAN, DEVIATION = np.array([0.5, 0.25, 0.375]), np.array([0.5, 1.0, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said", "rewrite"),
+    [
+        (
+            lambda x: 1 - x / 255,
+            "Got -1; use Normalization(mean=255, variance=65025) and behind it Rescaling(-1.0) for",
+            lambda x: K.Rescaling(-1.0)(K.Normalization(mean=255.0, variance=65025.0)(x)),
+        ),
+        (
+            lambda x: x / 255 - MEAN,
+            "Use Normalization(mean=[127.5, 63.75, 95.625], variance=[65025, 65025, 65025]) for",
+            K.Normalization(mean=[127.5, 63.75, 95.625], variance=[65025.0] * 3),
+        ),
+        (
+            lambda x: (x / 255 - MEAN) / DEVIATION,
+            "mean=[127.5, 63.75, 95.625], variance=[16256.25, 65025, 2601]) for that",
+            K.Normalization(mean=[127.5, 63.75, 95.625], variance=[16256.25, 65025.0, 2601.0]),
+        ),
+        (
+            K.Rescaling([1.0, 2.0, 4.0]),
+            "Use Normalization(mean=[0, 0, 0], variance=[1, 0.25, 0.0625]) for that, or one number",
+            K.Normalization(mean=[0.0] * 3, variance=[1, 0.25, 0.0625]),
+        ),
+    ],
+    ids=["negative", "mean", "mean and deviation", "gain"],
+)
+def test_images_that_are_scaled_in_other_ways_are_normalized(prepare, said, rewrite):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, *IMAGE)).astype("float32")
+    old, new = from_pixels(prepare), from_pixels(rewrite)
+    (sentence,) = check(old)
+    assert said in sentence
+    new.set_weights(old.get_weights())
+    # Float32 noise of 27 products of values up to 1020, and the 7 digits that are written.
+    np.testing.assert_allclose(
+        new.predict(pixels, verbose=0), old.predict(pixels, verbose=0), rtol=1e-4, atol=1e-4
+    )
+    model = calibrate(quantize_model(new, "w4a4"), pixels)
+    assert convert(model, verify=pixels).mismatches == 0
+
+
+@pytest.mark.parametrize(
+    "factor", [0.0, np.inf, np.array([1.0, -1.0, 2.0]), np.array([1.0, 0.0, 2.0])]
+)
+def test_a_normalization_that_does_not_exist_is_not_offered(factor):
+    (sentence,) = check(from_pixels(lambda x: x * factor))
+    assert "Normalization(" not in sentence
+
+
+def test_bytes_need_no_cast():
+    pixels = np.random.default_rng(0).integers(0, 256, (6, *IMAGE)).astype("uint8")
+    (sentence,) = check(from_pixels(lambda x: ops.cast(x, "float32") / 255, "uint8"))
+    assert "Write Rescaling, which takes uint8 as it is, instead" in sentence
+    model = calibrate(quantize_model(from_pixels(K.Rescaling(1 / 255), "uint8"), "w4a4"), pixels)
+    assert convert(model, verify=pixels).mismatches == 0
