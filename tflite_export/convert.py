@@ -180,7 +180,8 @@ def convert(
             pixels to the trained grid.
         verify: images, in the type of the file's input (whole-number arrays fit any of them).
             Every tensor is compared with the reference interpreter, in LiteRT and in Keras.
-        batch: images that the file takes at a time.
+        batch: images that the file takes at a time. Write a file for each number that is needed:
+            LiteRT's `resize_tensor_input` cannot change that of a file with reshapes or slices.
 
     Returns:
         An `ExportResult`.
