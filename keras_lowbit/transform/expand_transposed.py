@@ -60,7 +60,8 @@ def expand_transposed(model: keras.Model, *, name: str | None = None) -> keras.M
         around = _around(call)
         if any(map(any, around)):
             label = make.name(f"{call.plain}_around")
-            spread = keras.layers.ZeroPadding2D(around, name=label)(spread)
+            pad = keras.layers.ZeroPadding2D(around, data_format="channels_last", name=label)
+            spread = pad(spread)
         if id(original) in layers:
             return layers[id(original)](spread)
         layer = layers[id(original)] = _convolution(original, call.plain)
