@@ -21,7 +21,6 @@ from keras_lowbit.cli.pixels import Intake
 from keras_lowbit.cli.preflight import of_section
 from keras_lowbit.cli.recipe import Recipe, changed
 from keras_lowbit.cli.report import report, versions
-from keras_lowbit.integer.build import WEIGHTS
 from keras_lowbit.transform import snap_biases, snap_levels
 from keras_lowbit.tuning import reconstruct, refine
 from tflite_export import runtime
@@ -45,7 +44,7 @@ def run_recipe(
     `model_<weights>.tflite`, `history.csv` and `metrics.json`. Started again with the same folder,
     a killed run goes on where it was and keeps the stages that are finished. A model whose file is
     gone is trained again, and what was made of it is made again. With another `[export]` the
-    trained models stay, and the files are those that it lists.
+    trained models stay, the files that it lists are made, and others of before lie beside them.
 
     The images set aside by `data.holdout` are measured after each epoch; the test images are
     looked at once, when everything is done.
@@ -134,8 +133,6 @@ class _Run:
             student = self._trained("model", student, self.recipe.train, model)
             trained["quantized"] = student
             results = {w: self._exported(student, w) for w in self.recipe.export.weights}
-            for other in {*WEIGHTS} - {*results}:
-                self._file(other).unlink(missing_ok=True)  # of an earlier [export]
         else:
             trained["float"] = self._trained("model", model, self.recipe.train, None)
         metrics = self._metrics(trained, results, judged)
