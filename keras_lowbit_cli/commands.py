@@ -107,9 +107,7 @@ def _evaluate(values):
 def _export(values):
     _string(values, "out", None, "the .tflite file to write")
     _string(values, "target", "android", "where it runs", TARGETS)
-    _string(values, "weights", "int8", "container of kernels", WEIGHTS)
-    _string(values, "input_type", None, "uint8 takes raw pixels (default: by the model)", TYPES)
-    _string(values, "output_type", "float32", "type of the file's outputs", TYPES)
+    _containers(values)
     _count(values, "verify_images", 16, "images on which every code is compared; 0 for none")
     _string(values, "data", None, f"verify on training {_DATA} (default: noise)")
     _bool(values, "overwrite", "replace an existing file")
@@ -117,6 +115,13 @@ def _export(values):
 
 def _check(values):
     _string(values, "target", "android", "where it shall run", TARGETS)
+    _containers(values)
+
+
+def _containers(values):
+    _string(values, "weights", "int8", "container of kernels", WEIGHTS)
+    _string(values, "input_type", None, "uint8 takes raw pixels (default: by the model)", TYPES)
+    _string(values, "output_type", "float32", "type of the file's outputs", TYPES)
 
 
 def _no_flags(values):

@@ -116,12 +116,17 @@ def check(name: str, flags) -> int:
     model = files.load_model(name)
     if files.kind(model) == "frozen":
         raise ValueError(f"{name} is frozen already: export it")
-    found = tflite_export.check(model, flags.target)
+    found = tflite_export.check(model, flags.target, **_containers(flags))
     for objection in found:
         print(objection)
     count = f"{len(found)} objection{'s' if len(found) > 1 else ''}" if found else "no objections"
     print(f"{flags.target}: {count} to {name}")
     return FAILED if found else 0
+
+
+def _containers(flags):
+    names = ("weights", "input_type", "output_type")
+    return {name: getattr(flags, name) for name in names}
 
 
 def inspect(name: str, flags) -> int:
@@ -179,8 +184,7 @@ def _tflite_output(flags):
 def _exported(model, name, out, flags):
     """Convert, compare every code, and write the file if none is wrong; the exit code."""
     data = files.load_data(flags.data, files.image_shape(model), name) if flags.data else None
-    options = {"target": flags.target, "weights": flags.weights}
-    options |= {"input_type": flags.input_type, "output_type": flags.output_type}
+    options = {"target": flags.target, **_containers(flags)}
     result = tflite_export.convert(model, **options)
     if flags.verify_images:
         result = result.verified(_verification_images(result, data, flags.verify_images))

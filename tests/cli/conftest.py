@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import signal
 from pathlib import Path
 
 import keras
@@ -42,6 +43,14 @@ def run(capsys, monkeypatch):
         return Outcome(code, said.out, said.err)
 
     return call
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT raises, as at a prompt; what a shell runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def tiny_model():

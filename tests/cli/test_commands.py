@@ -124,6 +124,12 @@ def test_check_names_the_layer_that_has_no_integer_form(run, tmp_path):
     assert "squash" in outcome.out
 
 
+def test_check_asks_for_the_file_that_export_would_write(run, made):
+    outcome = run("check", made / "w4a4.keras", "--target=coral", "--weights=int4_all")
+    assert outcome.code == 1
+    assert "use weights='int8'" in outcome.out
+
+
 def test_inspect_shows_layers_bits_and_bytes_of_a_keras_file(run, made):
     outcome = run("inspect", made / "w4a4.keras")
     assert outcome.code == 0

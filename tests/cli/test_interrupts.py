@@ -27,6 +27,7 @@ class Swallowed(keras.callbacks.Callback):
                 signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_exception_that_was_swallowed_is_raised_at_the_next_batch():
     before = signal.getsignal(signal.SIGINT)
     swallowed = Swallowed()

@@ -173,6 +173,7 @@ def test_a_process_ends_with_the_exit_code_and_one_line(tmp_path):
     ("number", "code", "word"),
     [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
 )
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_training_ends_by_a_signal_and_leaves_nothing_half_written(
     recipe, tmp_path, number, code, word
 ):

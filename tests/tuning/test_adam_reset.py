@@ -63,7 +63,7 @@ def test_the_rate_moves_within_a_compiled_epoch_and_comes_back():
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="period must be a whole number"):
         AdamResetCosine(period=0)
-    with pytest.raises(ValueError, match="decay and floor"):
+    with pytest.raises(ValueError, match="decay must be a finite number"):
         AdamResetCosine(decay=-1)
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 5)
     with pytest.raises(ValueError, match="sets the learning rate itself"):

@@ -105,7 +105,7 @@ def test_a_failed_step_leaves_the_float_model_trainable(monkeypatch):
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_weights_out_of_range(weight):
     model = small()
-    with pytest.raises(ValueError, match="logit_weight must be finite, 0 or more"):
+    with pytest.raises(ValueError, match="logit_weight must be a finite number, at least 0"):
         reconstruct(quantized(model), model, X, logit_weight=weight)
 
 
