@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import numbers
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -53,10 +52,11 @@ def checked_number(
     Raises:
         ValueError: anything else.
     """
-    number = isinstance(value, (numbers.Real, np.number)) and not isinstance(value, bool)
+    real = (int, float, np.integer, np.floating)
+    number = isinstance(value, real) and not isinstance(value, bool) and _is_finite(value)
     limits = {"above": above, "at least": least, "below": below, "at most": most}
     limits = {words: limit for words, limit in limits.items() if limit is not None}
-    if number and math.isfinite(value) and all(_HOLDS[w](value, x) for w, x in limits.items()):
+    if number and all(_HOLDS[w](value, x) for w, x in limits.items()):
         return float(value)
     said = " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
     raise ValueError(f"{who} must be a finite number{said and ', '}{said}. Got {value!r}")
@@ -68,6 +68,13 @@ _HOLDS = {
     "below": operator.lt,
     "at most": operator.le,
 }
+
+
+def _is_finite(value):
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def checked_choice(value: Any, allowed: tuple, *, who: str) -> Any:

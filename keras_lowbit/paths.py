@@ -21,4 +21,6 @@ def expanded(path: str | Path, advice: str = "Give the whole path") -> Path:
     if found.startswith("~"):
         name = Path(found).parts[0]
         raise ValueError(f"{path}: no home folder is known for {name}. {advice}")
-    return Path(found)
+    made = Path(found)
+    # Absolute, where it would be taken for a home folder once more.
+    return Path.cwd() / made if str(made).startswith("~") else made

@@ -28,7 +28,8 @@ class Terminated(KeyboardInterrupt):
 
 def entry() -> None:
     """The program: `sys.argv` in, `SystemExit` out."""
-    signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # who started us may ignore it
+        signal.signal(signal.SIGTERM, _terminate)
     # absl starts and ends the program; its own flags keep their defaults, ours are parsed below.
     app.run(
         lambda argv: main(argv[1:]),

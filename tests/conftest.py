@@ -15,8 +15,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault(_name, "1")
 
 if os.access(_root := Path(__file__).parents[1], os.W_OK):
-    # Most of JAX's time in tests is compiling; what tests, workers and runs share is compiled once.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_root / ".jax_cache"))
+    # Most of JAX's time in tests is compiling; what tests and runs share is compiled once. A folder
+    # for each worker: entries are written in place, and another could read half of one.
+    _worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_root / ".jax_cache" / _worker))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 

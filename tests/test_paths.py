@@ -19,6 +19,7 @@ def test_a_file_whose_name_begins_with_a_tilde_is_reached_by_its_folder(monkeypa
     monkeypatch.chdir(tmp_path)
     Path("~mine.keras").touch()
     assert expanded("./~mine.keras").is_file()
+    assert expanded(expanded("./~mine.keras")).is_file()
     assert expanded(tmp_path / "~mine.keras").is_file()
 
 

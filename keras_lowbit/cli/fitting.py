@@ -27,7 +27,7 @@ from keras_lowbit.cli.methods import (
 from keras_lowbit.distillation import Distiller, MutualDistiller
 from keras_lowbit.training import CyclicTraining, exclude_from_weight_decay
 from keras_lowbit.transform import fold_batchnorm, reestimate_batchnorm
-from keras_lowbit.transform.copies import set_weights
+from keras_lowbit.transform.copies import twin
 
 
 def fit(
@@ -193,11 +193,8 @@ def distiller(teacher, student, train):
 
 def mutual_distiller(float_model, student, train):
     """Both learn; the weights of the student's losses are those of `distiller`."""
-    # A twin: the model that others are compared with stays what it was.
-    twin = keras.models.clone_model(float_model)
-    set_weights(twin, float_model.get_weights())
     return MutualDistiller(
-        twin,
+        twin(float_model),  # the model that others are compared with stays what it was
         [student],
         a_s=1.0 - train.distill,
         b_s=train.distill,

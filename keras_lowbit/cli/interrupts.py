@@ -33,10 +33,12 @@ class Interrupts(keras.callbacks.Callback):
                     self._handlers[number] = handler
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, _):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+        if error is None:
+            self.on_train_batch_begin(0)  # there was no batch behind the one of the signal
 
     def _handle(self, handler, number, frame):
         try:

@@ -102,6 +102,7 @@ class Stages:
         parts = [self.found.get(key) for key in ("job", "done")]
         if not all(isinstance(part, dict) for part in parts):
             raise ValueError(f"{self.path} is damaged (no job and what is done). Remove it")
+        _lower_names(self.found["job"])
         if self.found["job"] != job and self._is_a_start(out, job):
             self.found["job"] = job
         old, new = _without_export(self.found["job"]), _without_export(job)
@@ -152,6 +153,15 @@ def _of_float(job):
     behind = {k: v for k, v in (job.get("contents") or {}).items() if k != "teacher"}
     seed = (recipe.get("train") or {}).get("seed")
     return {**job, "contents": behind, "recipe": {**sections, "seed": seed}}
+
+
+def _lower_names(job):
+    """Names of quantizers as recipes have them now; jobs of before hold them as written."""
+    recipe = job.get("recipe")
+    quantize = recipe.get("quantize") if isinstance(recipe, dict) else None
+    for key in ("kernel", "activation"):
+        if isinstance(quantize, dict) and isinstance(quantize.get(key), str):
+            quantize[key] = quantize[key].lower()
 
 
 def _without_export(job):

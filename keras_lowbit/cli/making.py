@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import keras
 import numpy as np
 
 from keras_lowbit import walk
 from keras_lowbit.cli import files, measure
 from keras_lowbit.cli.pixels import range_of
+from keras_lowbit.kinds import kind_of
 from keras_lowbit.transform import (
     calibrate,
     fold_batchnorm,
@@ -15,6 +15,7 @@ from keras_lowbit.transform import (
     reestimate_batchnorm,
     rescale_pairs,
 )
+from keras_lowbit.transform.copies import twin
 from keras_lowbit.transform.reestimate import never_trained
 
 
@@ -36,10 +37,10 @@ def float_model(recipe, dataset):
 
 def folded(model, recipe, dataset):
     """The float model with its batch norms in the kernels, channels rescaled if the recipe says."""
-    model = fold_batchnorm(model)
+    images = calibration_images(recipe, dataset)
+    model = fold_batchnorm(_with_statistics(model, images))
     if not recipe.model.rescale:
         return model
-    images = calibration_images(recipe, dataset)
     return rescale_pairs(model, images, method=recipe.model.rescale, batch_size=10)
 
 
@@ -49,16 +50,21 @@ def calibration_images(recipe, dataset):
 
 
 def quantized(model, recipe, dataset):
-    """The quantized, calibrated model of a recipe.
-
-    Of a model from random weights that has batch norms they get their statistics from the images
-    first, or the scales would fit activations that no training makes.
-    """
+    """The quantized, calibrated model of a recipe."""
     images = calibration_images(recipe, dataset)
-    if never_trained(walk.flatten(model)):
-        weights = model.get_weights()
-        model = keras.models.clone_model(model)
-        model.set_weights(weights)
-        reestimate_batchnorm(model, images)
+    model = _with_statistics(model, images)
     made = quantize_model(model, recipe.scheme, input_range=range_of(dataset))
     return calibrate(made, images, method=recipe.quantize.method)
+
+
+def _with_statistics(model, images):
+    """A model whose batch norms have seen data; the one given, unless none of its has.
+
+    From random weights scales would fit activations that no training makes, and folded kernels
+    would have lost their norms. Trained statistics beside new ones, of a new head, stay.
+    """
+    program = walk.flatten(model)
+    norms = {call.name for call in program.calls if kind_of(call) == "batch_norm"}
+    if not norms or norms - set(never_trained(program)):
+        return model
+    return reestimate_batchnorm(twin(model), images)

@@ -25,7 +25,8 @@ class AveragePooling2D(keras.layers.AveragePooling2D):
     what it reads, as AVERAGE_POOL_2D does it in files, half away from zero once `zero_point` is
     added. `quantize_model` asks for that where windows reach over the border; other means become
     sums, which round once, with the grid behind them. The reals that a quantizer lets pass while
-    it is calibrated or switched off are told from codes by not being whole, and pooled as reals.
+    it is calibrated or switched off are told from codes by not being whole, and pooled as reals;
+    whole ones, such as pixels that are black or white alone, pass for codes.
 
     Args:
         zero_point: the int8 code of code 0, 0 or -128; `None`: the layer pools reals.

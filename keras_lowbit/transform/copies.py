@@ -152,6 +152,13 @@ def set_weights(layer, weights):
     _derive(layer)
 
 
+def twin(model) -> keras.Model:
+    """A model of the same layers and weights, which learns by itself."""
+    made = keras.models.clone_model(model)
+    set_weights(made, model.get_weights())
+    return made
+
+
 def _derive(layer):
     if isinstance(layer, keras.layers.Normalization):
         layer.finalize_state()

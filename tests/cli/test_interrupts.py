@@ -16,25 +16,28 @@ def model():
 
 
 class Swallowed(keras.callbacks.Callback):
-    """SIGINT in the second batch, where nothing passes."""
+    """SIGINT in a batch, from 1, where nothing passes."""
 
-    seen = 0
+    def __init__(self, when):
+        super().__init__()
+        self.when, self.seen = when, 0
 
     def on_train_batch_end(self, batch, logs=None):
         self.seen += 1
-        if self.seen == 2:
+        if self.seen == self.when:
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_an_exception_that_was_swallowed_is_raised_at_the_next_batch():
+@pytest.mark.parametrize("when", [2, 8], ids=["with a batch behind it", "last batch"])
+def test_an_exception_that_was_swallowed_is_raised_at_the_next_occasion(when):
     before = signal.getsignal(signal.SIGINT)
-    swallowed = Swallowed()
+    swallowed = Swallowed(when)
     x = np.ones((64, 2), np.float32)
     with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
         model().fit(x, x[:, :1], batch_size=8, verbose=0, callbacks=[interrupts, swallowed])
-    assert swallowed.seen == 2
+    assert swallowed.seen == when
     assert signal.getsignal(signal.SIGINT) is before
 
 

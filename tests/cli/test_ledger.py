@@ -191,3 +191,10 @@ def test_a_folder_in_which_a_run_is_at_work_is_refused(run, recipe, tmp_path):
     with alone_in(out):
         assert f"Another run is at work in {out}" in run("train", path, "--out", out).error
     assert run("train", path, "--out", out).code == 0
+
+
+def test_a_folder_whose_job_names_quantizers_in_capitals_goes_on(tmp_path):
+    job = {"recipe": {"quantize": {"kernel": "lsq", "activation": "lsq"}}}
+    before = {"job": {"recipe": {"quantize": {"kernel": "LSQ", "activation": "Lsq"}}}, "done": {}}
+    (tmp_path / "stages.json").write_text(json.dumps(before))
+    assert Stages(tmp_path, job).found["job"] == job
