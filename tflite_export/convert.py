@@ -313,6 +313,8 @@ def check(
 ) -> list[str]:
     """Every objection of `convert` to a model, before anyone trains; empty where there is none.
 
+    The inputs are those of a `convert` without `preprocessing`.
+
     Args:
         model: a float model, which is looked at as one of 8 bits, or a quantized one, which need
             not be calibrated.
