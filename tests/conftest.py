@@ -17,8 +17,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if os.access(_root := Path(__file__).parents[1], os.W_OK):
     # Most of JAX's time in tests is compiling; what tests and runs share is compiled once. A folder
     # for each worker: entries are written in place, and another could read half of one.
-    _worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_root / ".jax_cache" / _worker))
+    _cache = _root / ".jax_cache" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    # Workers inherit the folder of the process that began them.
+    if Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", _cache)).parent == _cache.parent:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
