@@ -36,7 +36,7 @@ def attach_dampening(
         Nagel et al., Overcoming Oscillations in Quantization-Aware Training, ICML 2022,
         arXiv:2203.11086.
     """
-    checked_number(strength, who="attach_dampening: strength", least=0)
+    strength = checked_number(strength, who="attach_dampening: strength", least=0)
     found = {
         name: kernel
         for name, kernel in kernels_with_bins(model).items()
@@ -49,7 +49,7 @@ def attach_dampening(
         )
     for kernel in found.values():
         kernel.quantizer.add_pull()
-        kernel.quantizer.pull.assign(float(strength))
+        kernel.quantizer.pull.assign(strength)
     penalties = {
         name: Dampening(kernel.quantizer, kernel.quantizer.pull) for name, kernel in found.items()
     }

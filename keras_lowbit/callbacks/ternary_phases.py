@@ -39,9 +39,9 @@ def attach_cosine(model: keras.Model, strength: float = 1.0) -> dict[str, Cosine
         raise ValueError(
             f"{model.name} has no ternary kernel. Quantize it by quantize_model(model, 'wta8')"
         )
-    checked_number(strength, who="attach_cosine: strength", least=0)
+    strength = checked_number(strength, who="attach_cosine: strength", least=0)
     for kernel in found.values():
-        kernel.quantizer.pull.assign(float(strength))
+        kernel.quantizer.pull.assign(strength)
     penalties = {
         name: CosineTernaryRegularizer(
             kernel.quantizer.pull, kernel.quantizer.axis, projection=kernel.quantizer.project
@@ -106,8 +106,8 @@ class TernaryPhases(keras.callbacks.Callback):
     ):
         super().__init__()
         self.switch_epoch = checked_count(switch_epoch, who="TernaryPhases: switch_epoch", least=0)
-        checked_number(strength, who="TernaryPhases: strength", least=0)
-        checked_number(keep, who="TernaryPhases: keep", least=0)
+        self.strength = checked_number(strength, who="TernaryPhases: strength", least=0)
+        self.keep = checked_number(keep, who="TernaryPhases: keep", least=0)
         if len(temperature) != 2 or not min(temperature) > 0:
             raise ValueError(
                 "TernaryPhases: temperature is the first and the last, both positive. "
@@ -115,7 +115,6 @@ class TernaryPhases(keras.callbacks.Callback):
             )
         self.data, self.steps, self.verbose = data, steps, verbose
         self.batch_size = checked_count(batch_size, who="TernaryPhases: batch_size", least=1)
-        self.strength, self.keep = float(strength), float(keep)
         self.temperature = tuple(map(float, temperature))
         self._kernels = {}
         self._penalties = {}

@@ -37,10 +37,10 @@ def float_model(recipe, dataset):
 
 def folded(model, recipe, dataset):
     """The float model with its batch norms in the kernels, channels rescaled if the recipe says."""
-    images = calibration_images(recipe, dataset)
-    model = fold_batchnorm(_with_statistics(model, images))
+    model = fold_batchnorm(_with_statistics(model, recipe, dataset))
     if not recipe.model.rescale:
         return model
+    images = calibration_images(recipe, dataset)
     return rescale_pairs(model, images, method=recipe.model.rescale, batch_size=10)
 
 
@@ -51,13 +51,13 @@ def calibration_images(recipe, dataset):
 
 def quantized(model, recipe, dataset):
     """The quantized, calibrated model of a recipe."""
+    model = _with_statistics(model, recipe, dataset)
     images = calibration_images(recipe, dataset)
-    model = _with_statistics(model, images)
     made = quantize_model(model, recipe.scheme, input_range=range_of(dataset))
     return calibrate(made, images, method=recipe.quantize.method)
 
 
-def _with_statistics(model, images):
+def _with_statistics(model, recipe, dataset):
     """A model whose batch norms have seen data; the one given, unless none of its has.
 
     From random weights scales would fit activations that no training makes, and folded kernels
@@ -67,4 +67,4 @@ def _with_statistics(model, images):
     norms = {call.name for call in program.calls if kind_of(call) == "batch_norm"}
     if not norms or norms - set(never_trained(program)):
         return model
-    return reestimate_batchnorm(twin(model), images)
+    return reestimate_batchnorm(twin(model), calibration_images(recipe, dataset))

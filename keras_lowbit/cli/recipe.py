@@ -353,7 +353,7 @@ def without_folders(metrics: dict) -> dict:
 def _check_kernel(recipe, given, where):
     """Refuse a quantizer of kernels beside a scheme that names another one."""
     scheme, kernel = recipe.scheme, given.get("kernel")
-    if scheme is not None and kernel is not None and kernel.lower() != scheme.kernel.lower():
+    if scheme is not None and kernel is not None and kernel.lower() != scheme.kernel:
         raise ValueError(
             f"{where}: scheme {recipe.quantize.scheme!r} names its quantizer of kernels, "
             f"{scheme.kernel!r}; beside it kernel = {kernel!r} does nothing. Leave kernel out, or "

@@ -92,7 +92,7 @@ def _checked_scheme(recipe, where):
         raise ValueError(f"{where}: {error}") from error
     for key in ("kernel", "activation") if scheme else ():
         named = getattr(scheme, key)
-        if named.lower() not in quantizers.names():
+        if named not in quantizers.names():
             raise ValueError(
                 f"{where}: {key} is no quantizer. Got {named!r}.{near(named, quantizers.names())}"
             )
