@@ -187,7 +187,8 @@ class Scheme:
             )
         fields = [f.name for f in dataclasses.fields(cls)]
         odd = [key for key, v in given.items() if key != "*" and not isinstance(v, str | None)]
-        if odd or any(key in fields for key in given):
+        misspelt = any(did_you_mean(key, fields) for key in odd)
+        if misspelt or any(key in fields for key in given):
             return cls._from_fields(given, fields)
         rest = {key: value for key, value in given.items() if key != "*"}
         base = cls.of(given.get("*", "w8a8"))

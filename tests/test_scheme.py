@@ -40,6 +40,11 @@ def test_an_unknown_key_gets_the_nearest():
         Scheme.of({"kernel_bit": 4})
 
 
+def test_bits_of_a_pattern_that_are_no_string_are_refused_by_its_name():
+    with pytest.raises(ValueError, match=r"exceptions\['logits'\]: Bits of a layer are a .* Got 5"):
+        Scheme.of({"*": "w4a4", "logits": 5})
+
+
 def test_other_types_are_refused():
     with pytest.raises(ValueError, match=r"A scheme is a string such as 'w4a4'.* Got 4"):
         Scheme.of(4)

@@ -90,6 +90,8 @@ def _checked_scheme(recipe, where):
         scheme = recipe.scheme
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    if scheme is None:
+        _check_unused(recipe.quantize, where)
     for key in ("kernel", "activation") if scheme else ():
         named = getattr(scheme, key)
         if named not in quantizers.names():
@@ -97,6 +99,17 @@ def _checked_scheme(recipe, where):
                 f"{where}: {key} is no quantizer. Got {named!r}.{near(named, quantizers.names())}"
             )
     return scheme
+
+
+def _check_unused(quantize, where):
+    kept = ("scheme", "calibration_images")  # a float model is rescaled by these images too
+    for one in dataclasses.fields(quantize):
+        given = getattr(quantize, one.name)
+        if one.name not in kept and given != getattr(type(quantize)(), one.name):
+            raise ValueError(
+                f"{where}: {one.name} does nothing without a scheme: a float model is made. "
+                f"Got {one.name} = {given!r}; give a scheme, such as 'w8a8', or leave it out"
+            )
 
 
 def _check_ranges(recipe, path):

@@ -29,6 +29,10 @@ class Affine(Quantizer):
         lo: lowest centred code, -(2^bits - 1)..0.
         offset: reals that code 0 stands for before the shift.
 
+    Raises:
+        ValueError: `lo` out of range, a scale that is not positive, a role other than
+            `"activation"`, an axis.
+
     Gradient:
         To `x`: 1 inside (half a code beyond the ends included), 0 outside.
 
@@ -40,8 +44,11 @@ class Affine(Quantizer):
     roles = ("activation",)
 
     def __init__(self, bits=8, *, scale=None, lo=0, offset=0.0, **kwargs):
-        kwargs = {**kwargs, "role": "activation", "axis": None}
-        super().__init__(bits, **kwargs)
+        if kwargs.get("axis") is not None:
+            raise ValueError(
+                f"Affine: one grid serves the whole tensor. Got axis={kwargs['axis']!r}"
+            )
+        super().__init__(bits, **{"role": "activation", **kwargs})
         if not -(2**self._initial_bits - 1) <= lo <= 0:
             raise ValueError(
                 f"Affine: lo must lie in {-(2**self._initial_bits - 1)}..0. Got {lo!r}"

@@ -8,6 +8,7 @@ import warnings
 import keras
 
 from keras_lowbit.checks import did_you_mean
+from keras_lowbit.paths import expanded
 from keras_lowbit.transform.copies import set_weights
 from keras_lowbit.zoo.architectures import imagenet
 from keras_lowbit.zoo.architectures.alexnet import alexnet_bn
@@ -80,8 +81,9 @@ def load_weights(model: keras.Model, path: str, *, alpha: float = 1.0) -> None:
         alpha: width multiplier of the twin.
 
     Raises:
-        ValueError: weights that do not fit.
+        ValueError: weights that do not fit, a `~` without a home folder.
     """
+    path = str(expanded(path))
     if path.endswith(".npz"):
         load_torch_names(model, path)
         return

@@ -48,6 +48,10 @@ def test_whole_numbers_are_taken_for_reals(tmp_path):
         ("[train]\nseed = 4294967296", "r.toml [train]: seed must be at most 4294967295, 2**32"),
         ("[pretrain]\nseed = 4294967296", "r.toml [pretrain]: seed must be at most 4294967295"),
         ("[data]\nseed = 4294967296", "r.toml [data]: seed must be at most 4294967295"),
+        (
+            "[quantize]\nscheme = ''\nper_channel = false",
+            "[quantize]: per_channel does nothing without a scheme: a float model is made. Got",
+        ),
         ("[train]\ndistill = 1.5", "distill must lie in 0..1. Got 1.5"),
         ("[train]\nepochs = 2\nwarmup = 2.0", "warmup must be shorter than the 2 epochs"),
         ("[reconstruct]\nsteps = -1", "[reconstruct]: steps must be at least 0. Got -1"),

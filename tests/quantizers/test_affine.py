@@ -72,6 +72,8 @@ def test_narrower_codes_keep_the_ends():
         ({"scale": 0.0}, "scale must be a finite number, above 0"),
         ({"scale": np.inf}, "scale must be a finite number, above 0"),
         ({"offset": np.nan}, "offset must be a finite number"),
+        ({"role": "kernel"}, "role must be one of .*activation.* Got 'kernel'"),
+        ({"axis": -1}, r"one grid serves the whole tensor\. Got axis=-1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):

@@ -284,6 +284,15 @@ def test_without_a_network_one_error_names_the_way_out(monkeypatch):
     assert way_out in str(caught.value)
 
 
+def test_weights_are_read_from_the_home_folder(tmp_path, monkeypatch):
+    saved = zoo.build("resnet8")
+    saved.save_weights(tmp_path / "w.weights.h5")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = zoo.build("resnet8", weights="~/w.weights.h5")
+    for ours, theirs in zip(model.get_weights(), saved.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_file_of_keras_applications_is_read(tmp_path):
     # The way out of that error: its head is a convolution, so the file does not fit as it is.
     twin = disturbed(imagenet.TWINS["mobilenet_v1"].make(alpha=0.25, size=32))
