@@ -7,6 +7,7 @@ import keras
 from keras_lowbit.callbacks.bit_descent import BitDescent
 from keras_lowbit.callbacks.norms import graphs_of, kept, reestimate
 from keras_lowbit.checks import checked_count
+from keras_lowbit.optimizers import averages
 from keras_lowbit.whole_files import checksum
 
 
@@ -112,8 +113,9 @@ class BatchNormReestimation(keras.callbacks.Callback):
 
         Training stopped early, averages (`use_ema`) or an earlier epoch have replaced the weights.
         """
-        stepped = self.at_end and self._stepped
-        if stepped and self._fresh != checksum(self.model.get_weights()):
+        # Averages replace weights behind a run that resumes past its last step, too.
+        moved = self._stepped or bool(averages(self.model.optimizer))
+        if self.at_end and moved and self._fresh != checksum(self.model.get_weights()):
             self._reestimate()
 
     def _reestimate(self):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,18 +37,33 @@ def alone_in(out: Path) -> Iterator[None]:
     """
     out.mkdir(parents=True, exist_ok=True)
     lock = out / ".lock"
-    with lock.open("w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"Another run is at work in {out}. Wait for its end, or give another --out"
-                ) from None
-            except OSError:
-                pass  # no locks on this disk
+    with _locked(lock):
         yield
-    lock.unlink(missing_ok=True)  # that of a killed run stays, and locks nothing
+        # Still locked: whoever has opened it by now sees that it is another one's. The file of a
+        # killed run stays, and locks nothing.
+        if fcntl is not None:
+            lock.unlink(missing_ok=True)
+
+
+def _locked(lock):
+    """The open file of a lock that nobody else holds."""
+    while True:
+        file = lock.open("w")
+        if fcntl is None:
+            return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            here = os.fstat(file.fileno())
+            if lock.exists() and os.path.samestat(here, lock.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            raise ValueError(
+                f"Another run is at work in {lock.parent}. Wait for its end, or give another --out"
+            ) from None
+        except OSError:
+            return file  # no locks on this disk
+        file.close()  # of a run that ended between the two calls, and took the name with it
 
 
 def contents(recipe, dataset) -> dict[str, str]:

@@ -49,6 +49,9 @@ CALL_REWRITES = {
     "Split": "a slice for each part, such as x[..., :n],",
 }
 
+# For layers of the user's own: what is inside them is not looked at.
+_OPENED = "what its call computes into the model itself, layer by layer (functional code),"
+
 # What `keras.applications.InceptionResNetV2` adds branches by: a layer without a public name.
 _SCALED_SUM = (keras.applications.InceptionResNetV2.__module__, "CustomScaleLayer")
 
@@ -63,7 +66,8 @@ def rewrite_of(call: Call) -> str | None:
     if (kind.__module__, kind.__name__) == _SCALED_SUM:
         return f"Add()([a, Rescaling({call.operation.scale:g})(b)]), for its tensors [a, b],"
     if isinstance(call.operation, keras.layers.Layer):
-        return None
+        own = kind.__module__.partition(".")[0] not in ("keras", "keras_lowbit")
+        return _OPENED if own else None
     if kind.__name__ == "Cast" and "int" in call.inputs[0].dtype:
         return f"Rescaling, which takes {call.inputs[0].dtype} as it is,"
     if hasattr(keras.activations, kind.__name__.lower()):

@@ -95,9 +95,13 @@ class ChannelBalanced(LSQ):
         off = x - fixed * codes
         # Value and slope from sums a channel: no pass backwards over the tensor.
         slope = -2.0 * ops.mean(off * codes, axis=axes)
-        error = ops.mean(ops.square(off), axis=axes) + (scale - fixed) * slope
+        error = ops.mean(ops.square(off), axis=axes)
         variance = ops.var(x, axis=axes)
         alive = variance >= DEAD
+        # Masked before the scale comes in: means of an empty batch are NaN, and so would be 0 of
+        # their gradient.
+        slope, error = (ops.where(alive, value, 0.0) for value in (slope, error))
+        error = error + (scale - fixed) * slope
         relative = error / ops.where(alive, variance, 1.0)
         count = ops.sum(ops.cast(alive, "float32"))
         if self.agg == "mean":

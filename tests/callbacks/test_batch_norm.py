@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_lowbit.callbacks import BatchNormReestimation, BitDescent, FreezeBatchNorm, batch_norm
+from keras_lowbit.callbacks import (
+    BatchNormReestimation,
+    BitDescent,
+    FreezeBatchNorm,
+    Resume,
+    batch_norm,
+)
 from keras_lowbit.distillation import MutualDistiller
 from keras_lowbit.transform.reestimate import reestimate_batchnorm
 from tests.callbacks import tiny
@@ -258,6 +264,30 @@ def test_averaged_weights_get_statistics_of_their_own():
     kept = statistics(model)
     reestimate_batchnorm(model, x, batch_size=8)
     np.testing.assert_array_equal(kept, statistics(model))
+
+
+def test_averaged_weights_of_a_run_killed_at_its_end_get_them_when_it_goes_on(tmp_path):
+    class Killed(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            raise KeyboardInterrupt
+
+    def run(folder, *first):
+        keras.utils.set_random_seed(2)
+        model = tiny.model(compiled=False)
+        model.compile(
+            keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.9),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            jit_compile=False,
+        )
+        callbacks = [*first, BatchNormReestimation(tiny.images()[0], batch_size=8)]
+        tiny.train(model, [*callbacks, Resume(tmp_path / folder)], epochs=2)
+        return model
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", Killed())
+    again = run("killed")
+    np.testing.assert_array_equal(statistics(again), statistics(whole))
 
 
 def test_weights_of_an_earlier_epoch_get_statistics_of_their_own():

@@ -193,6 +193,25 @@ def test_a_folder_in_which_a_run_is_at_work_is_refused(run, recipe, tmp_path):
     assert run("train", path, "--out", out).code == 0
 
 
+def test_a_run_that_ends_while_another_begins_lets_no_third_in(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    flock, ended = fcntl.flock, []
+
+    def late(file, how):
+        if not ended:  # the first run ends between the second's opening and locking of the file
+            ended.append((tmp_path / ".lock").unlink())
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with (
+        alone_in(tmp_path),
+        pytest.raises(ValueError, match="Another run is at work"),
+        alone_in(tmp_path),
+    ):
+        pytest.fail("two runs are in one folder")
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_a_folder_whose_job_names_quantizers_in_capitals_goes_on(tmp_path):
     job = {"recipe": {"quantize": {"kernel": "lsq", "activation": "lsq"}}}
     before = {"job": {"recipe": {"quantize": {"kernel": "LSQ", "activation": "Lsq"}}}, "done": {}}

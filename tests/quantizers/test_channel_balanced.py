@@ -121,6 +121,19 @@ class TestTheObjective:
         quantizer.fit_scale(np.float32(x))
         assert np.isfinite(quantizer.grid().scale)
 
+    @pytest.mark.parametrize("agg", ["mean", "median", "trimmed"])
+    def test_an_empty_batch_costs_nothing_and_has_no_gradient(self, agg):
+        quantizer = built(agg=agg)
+
+        def loss(x):
+            codes, scale = quantizer.encode(x)
+            return ops.sum(codes) + quantizer.objective(x, codes, scale)
+
+        empty = np.zeros((0, 3), "float32")
+        to_x, to_scale = gradient(loss, empty, variables=[quantizer.scale])
+        assert to_x.shape == (0, 3)
+        assert to_scale == 0
+
     def test_off_it_costs_nothing(self):
         quantizer = built(weight=0.5)
         quantizer.add_switch()

@@ -170,6 +170,21 @@ def test_a_layer_without_a_rewrite_says_which_layers_export():
     assert all(hasattr(K, name) for name in known_layers())
 
 
+def test_a_layer_of_the_users_own_is_to_be_written_into_the_model():
+    class Gate(K.Layer):
+        def __init__(self):
+            super().__init__(name="gate")
+            self.product = K.Conv2D(4, 1, activation="hard_sigmoid")
+
+        def call(self, x):
+            return x * self.product(keras.ops.mean(x, (1, 2), keepdims=True))
+
+    inputs = keras.Input(IMAGE)
+    x = Gate()(K.Conv2D(4, 3)(inputs))
+    (sentence,) = check(keras.Model(inputs, K.Dense(2)(K.Flatten()(x))))
+    assert "gate (Gate) has no integer form. Write what its call computes into the mod" in sentence
+
+
 @pytest.mark.parametrize("activation", [keras.ops.gelu, keras.activations.elu])
 def test_a_call_of_an_activation_without_a_form_says_which_have_one(activation):
     inputs = keras.Input(IMAGE)
