@@ -139,7 +139,7 @@ def how(recipe) -> str:
     whole = recipe.get("refine", {"steps": 0})
     if whole["steps"]:
         parts.append(
-            f"distillation of the whole without labels, {whole['steps']} steps of "
+            f"distillation of {_refined(whole)} without labels, {whole['steps']} steps of "
             f"{whole['batch_size']} images"
         )
     before = recipe["pretrain"]
@@ -151,6 +151,12 @@ def how(recipe) -> str:
             f"{_fitted(train)}, distillation {train['distill']}{taught}, seed {train['seed']}"
         )
     return "; ".join(parts) or "post-training, calibration alone"
+
+
+def _refined(whole):
+    # Older recipes have no rates, and trained codes too.
+    codes = whole.get("rates", {"codes_4bit": None}).get("codes_4bit", 0) != 0
+    return "the whole" if codes else "all scales and biases"
 
 
 def _fitted(train):

@@ -122,7 +122,8 @@ def _check_tuning(recipe, made, model):
             plan(made, model, **given.planned)
     if recipe.refine.steps:
         with of_section(recipe, "refine"):
-            plan(made, model, steps=recipe.refine.steps, blocks=[])
+            rates = recipe.refine.all_rates
+            plan(made, model, steps=recipe.refine.steps, blocks=[], rates=rates)
 
 
 def _quantized(recipe, dataset, model):

@@ -13,6 +13,7 @@ from keras_lowbit.cli.recipe_checks import checked, near
 from keras_lowbit.paths import expanded
 from keras_lowbit.scheme import Scheme
 from keras_lowbit.tuning.block_model import Rates
+from keras_lowbit.tuning.refine import RATES as REFINE_RATES
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,17 @@ class Refine:
     Args:
         steps: optimizer steps, 0 for none.
         batch_size: images a step.
+        rates: learning rates by name (`tuning.Rates`), those left out as in `refine`.
     """
 
     steps: int = 0
     batch_size: int = 10
+    rates: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def all_rates(self) -> Rates:
+        """Rates of everything."""
+        return dataclasses.replace(REFINE_RATES, **self.rates)
 
 
 @dataclass(frozen=True)

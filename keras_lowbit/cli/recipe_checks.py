@@ -70,6 +70,7 @@ def checked(recipe, path: str):
     _check_ranges(recipe, path)
     _check_model(recipe.model, f"{path} [model]")
     _check_reconstruct(recipe.reconstruct, f"{path} [reconstruct]")
+    _check_rates(recipe.refine, f"{path} [refine]")
     _check_pretrain(recipe.pretrain, f"{path} [pretrain]")
     _check_train(recipe, scheme, f"{path} [train]")
     _check_export(recipe.export, f"{path} [export]")
@@ -146,8 +147,12 @@ def _check_reconstruct(reconstruct, where):
         raise ValueError(
             f"{where}: block_steps must be whole numbers, at least 1. Got {reconstruct.block_steps}"
         )
+    _check_rates(reconstruct, where)
+
+
+def _check_rates(section, where):
     try:
-        reconstruct.all_rates  # noqa: B018 - made to see whether they can be
+        section.all_rates  # noqa: B018 - made to see whether they can be
     except (TypeError, ValueError) as error:
         known = [f.name for f in dataclasses.fields(Rates)]
         raise ValueError(f"{where}: rates are of {known}, above 0. {error}") from error

@@ -223,7 +223,13 @@ class _Run:
                 print(found)
         if whole.steps:
             found = refine(
-                model, teacher, images, steps=whole.steps, batch_size=whole.batch_size, seed=seed
+                model,
+                teacher,
+                images,
+                steps=whole.steps,
+                batch_size=whole.batch_size,
+                rates=whole.all_rates,
+                seed=seed,
             )
             if self.verbose:
                 print(found)

@@ -30,13 +30,14 @@ class Rates:
     """Learning rates at the start; they fall to zero along a cosine.
 
     Args:
-        codes_4bit: of kernels in units of their codes, at 4 bits or fewer.
+        codes_4bit: of kernels in units of their codes, at 4 bits or fewer; 0, here and at 8 bits:
+            all codes stay as they are.
         codes_8bit: the same at 8 bits; geometric between.
         biases: of biases and of batch norms' `beta`, in reals.
         log_scales: of logarithms of kernels' and activations' scales.
 
     Raises:
-        ValueError: a rate that is not positive.
+        ValueError: a rate that is not positive; of codes, one that is negative, or 0 at one width.
     """
 
     codes_4bit: float = 6e-3
@@ -45,8 +46,15 @@ class Rates:
     log_scales: float = 3e-3
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            checked_number(value, who=f"Rates: {name}", above=0)
+        for name in ("biases", "log_scales"):
+            checked_number(getattr(self, name), who=f"Rates: {name}", above=0)
+        for name in ("codes_4bit", "codes_8bit"):
+            checked_number(getattr(self, name), who=f"Rates: {name}", least=0)
+        if bool(self.codes_4bit) != bool(self.codes_8bit):
+            raise ValueError(
+                "Rates: codes move at all widths or at none: codes_4bit and codes_8bit are both "
+                f"above 0, or both 0. Got {self.codes_4bit} and {self.codes_8bit}"
+            )
 
     def schedule(self, steps):
         """The common factor of all rates over the steps of a block."""
@@ -133,6 +141,7 @@ class BlockModel(keras.Model):
                 dtype="float32",
                 initializer="zeros",
                 autocast=False,
+                trainable=name != "codes" or codes > 0,
             )
             variable.assign(value)
             self.rate_of[id(variable)] = codes if name == "codes" else self.rates.log_scales

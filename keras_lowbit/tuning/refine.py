@@ -1,4 +1,4 @@
-"""Everything at once behind a reconstruction: end-to-end distillation from the middles of codes."""
+"""Everything at once behind a reconstruction: end-to-end distillation of scales and biases."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from keras_lowbit.tuning.block_model import Rates
 from keras_lowbit.tuning.plan import plan_calibrated
 from keras_lowbit.tuning.reconstruct import Reconstruction, reconstruct
 
-# A third of what a block takes, and less for codes of 8 bits.
-RATES = Rates(codes_4bit=2e-3, codes_8bit=1e-2, biases=3e-4, log_scales=1e-3)
+# A fifth of what a block takes; codes rest.
+RATES = Rates(codes_4bit=0, codes_8bit=0, biases=2e-4, log_scales=6e-4)
 
 
 def refine(
@@ -29,12 +29,11 @@ def refine(
 ) -> Reconstruction:
     """Tune all of a reconstructed model to its float model's logits, without labels, in place.
 
-    The loss is the KL divergence of the softmax; nothing is dropped. Latent kernels first move to
-    the middles of their codes, which changes no output: behind a reconstruction many lie near the
-    border to the next code, and the first steps of a fine-tune would flip them together.
-
-    Measured on MobileNetV2 w4a4 with 500 images it does not pay (`docs/results.md`): measure on
-    images of your own before keeping what it gives.
+    The loss is the KL divergence of the softmax; nothing is dropped. Scales of kernels and of
+    activations and biases are trained, codes of kernels rest: behind a reconstruction many latent
+    kernels lie near the border to the next code, and flips of some per cent of them ruin more than
+    a few hundred images can mend. `rates` with rates for codes lets them move too; latent kernels
+    are in the middles of their codes by then, which changes no output.
 
     Args:
         model: a calibrated model that `reconstruct` has tuned.
@@ -42,7 +41,7 @@ def refine(
         images: as in `reconstruct`.
         steps: of Adam, rates falling to zero along a cosine.
         batch_size: images a step; activations of the whole model are kept for each.
-        rates: `tuning.Rates`; `None`: `refine.RATES`.
+        rates: `tuning.Rates`; `None`: `refine.RATES`, where codes rest.
         seed: of batches.
         jit_compile: as in `reconstruct`.
 

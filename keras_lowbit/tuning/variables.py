@@ -162,7 +162,9 @@ def code_rate(bits: int, at_four: float, at_eight: float) -> float:
     """Learning rate of `v` at a width: measured at 4 and 8 bits, geometric between, level outside.
 
     A code moves by at least half a unit to matter, and an 8-bit grid has sixteen times as many of
-    them under the same weights.
+    them under the same weights. 0 at either width is 0 at all.
     """
+    if not at_four or not at_eight:
+        return 0.0
     share = min(max((bits - 4) / 4, 0.0), 1.0)
     return math.exp((1 - share) * math.log(at_four) + share * math.log(at_eight))

@@ -174,7 +174,10 @@ def _tuning(recipe):
         start = "data in all blocks"  # before those with few positions kept the nearest codes
     counts = [tuned["steps"], *tuned.get("block_steps", {}).values()]
     steps = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else counts[0]
-    whole = recipe.get("refine", {}).get("steps", 0)
+    refined = recipe.get("refine", {"steps": 0})
+    whole = str(refined["steps"])
+    if refined["steps"] and refined.get("rates", {"codes_4bit": None}).get("codes_4bit", 0) != 0:
+        whole += ", codes too"  # older recipes, which have no rates, trained them
     others = ", ".join(f"{name} {bits}" for name, bits in recipe["quantize"]["exceptions"].items())
     means = "matched" if tuned.get("match_means") else "as trained"  # of the blocks' outputs
     rates = ", ".join([*(["all"] if tuned.get("rates") else []), *tuned.get("block_rates", {})])

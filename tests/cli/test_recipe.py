@@ -56,6 +56,8 @@ def test_whole_numbers_are_taken_for_reals(tmp_path):
         ("[train]\nepochs = 2\nwarmup = 2.0", "warmup must be shorter than the 2 epochs"),
         ("[reconstruct]\nsteps = -1", "[reconstruct]: steps must be at least 0. Got -1"),
         ("[reconstruct]\ndrop = 1.5", "[reconstruct]: drop must lie in 0..1. Got 1.5"),
+        ("[refine]\nrates = { bias = 1.0 }", "[refine]: rates are of ['codes_4bit', 'codes_8bit'"),
+        ("[refine]\nrates = { codes_4bit = 0.1 }", "[refine]: rates are of ['codes_4bit', 'cod"),
         ("[reconstruct]\nlogit_weight = inf", "[reconstruct]: logit_weight must be at least 0"),
         (
             "[reconstruct]\nblock_steps = { a = 0 }",

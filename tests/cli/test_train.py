@@ -81,6 +81,7 @@ def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monke
 
     def watched_whole(model, teacher, images, **given):
         seen.append((len(images), given["steps"], given["batch_size"]))
+        rates.append(given["rates"])
         return refine(model, teacher, images, **given)
 
     monkeypatch.setattr("keras_lowbit.cli.trainer.reconstruct", watched)
@@ -100,14 +101,15 @@ def test_block_reconstruction_comes_before_training(run, recipe, tmp_path, monke
             "rates": {"biases": 0.5},
             "block_rates": {"*": {"log_scales": 0.1}},
         },
-        refine={"steps": 2, "batch_size": 8},
+        refine={"steps": 2, "batch_size": 8, "rates": {"biases": 0.25}},
         train={"epochs": 0},
     )
     outcome = run("train", path, "--out", out)
     assert outcome.code == 0, outcome.err
     assert "error before" in outcome.out
     assert seen == [(64, 2**28, 0.5, True), (64, 2, 8)]  # each image and one view of it
-    assert rates == [(Rates(biases=0.5), {"*": Rates(biases=0.5, log_scales=0.1)})]
+    whole = Rates(codes_4bit=0, codes_8bit=0, biases=0.25, log_scales=6e-4)
+    assert rates == [(Rates(biases=0.5), {"*": Rates(biases=0.5, log_scales=0.1)}), whole]
     assert not (out / "blocks").exists()
     metrics = json.loads((out / "metrics.json").read_text())
     kinds = {type(layer).__name__ for layer in files.load_model(out / "model.keras").layers}

@@ -63,6 +63,46 @@ def test_logits_come_nearer_and_the_file_stays_exact():
     assert tflite_export.convert(low, verify=X[:4]).mismatches == 0
 
 
+def codes_of(model):
+    found = []
+    for layer in model.layers:
+        if getattr(layer, "kernel_quantizer", None) is not None:
+            codes, _ = layer.quantized_kernel(layer.kernel, layer.kernel_quantizer)
+            found.append(np.array(ops.convert_to_numpy(codes)))
+    return found
+
+
+def test_scales_and_biases_move_and_codes_rest():
+    model = mobile(seed=2)
+    low = quantized(model, "w4a4")
+    before, codes, wanted = weights(low), codes_of(low), outputs(model)
+    start = float(logit_error([wanted], [outputs(low)]))
+    rates = Rates(codes_4bit=0, codes_8bit=0, biases=3e-3, log_scales=1e-2)
+    refine(low, model, X, steps=40, batch_size=12, rates=rates)
+    assert float(logit_error([wanted], [outputs(low)])) < 0.9 * start
+    for one, other in zip(codes, codes_of(low), strict=True):
+        np.testing.assert_array_equal(one, other)
+    moved = {v.path for v, old in zip(low.variables, before, strict=True) if (v != old).any()}
+    for name in ("stem/kernel", "lsq/scale", "beta"):  # latent kernels follow their scales
+        assert any(path.endswith(name) for path in moved), (name, moved)
+
+
+def test_codes_rest_unless_rates_for_them_are_given(monkeypatch):
+    seen = []
+
+    def stopped(self, *args):
+        states = [state for state in self.states if hasattr(state, "codes_variable")]
+        seen.append({state.codes_variable.trainable for state in states})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BlockModel, "train_on_batch", stopped)
+    for rates in (None, Rates()):
+        model = small()
+        with pytest.raises(KeyboardInterrupt):
+            refine(quantized(model), model, X, steps=1, batch_size=8, rates=rates)
+    assert seen == [{False}, {True}]
+
+
 @pytest.mark.once
 def test_an_uncalibrated_model_is_left_as_it_was():
     model = small()

@@ -129,6 +129,15 @@ def test_code_rates_are_those_measured_at_4_and_8_bits():
         Rates(biases=0)
 
 
+def test_codes_rest_at_all_widths_or_at_none():
+    assert [code_rate(bits, 0, 0) for bits in (2, 4, 6, 8)] == [0.0] * 4
+    assert Rates(codes_4bit=0, codes_8bit=0).codes_8bit == 0
+    with pytest.raises(ValueError, match=r"are both above 0, or both 0\. Got 0 and 0\.06"):
+        Rates(codes_4bit=0)
+    with pytest.raises(ValueError, match="codes_8bit must be a finite number, at least 0"):
+        Rates(codes_8bit=-1)
+
+
 def test_each_variable_steps_at_its_own_rate():
     """Adam's first step is the rate, whatever the gradient's size."""
     one, two = add("one", 1.0), add("two", 1.0)
