@@ -121,6 +121,7 @@ class TestTheObjective:
         quantizer.fit_scale(np.float32(x))
         assert np.isfinite(quantizer.grid().scale)
 
+    @pytest.mark.filterwarnings(r"ignore:var\(\)")  # PyTorch's own, of the variance of nothing
     @pytest.mark.parametrize("agg", ["mean", "median", "trimmed"])
     def test_an_empty_batch_costs_nothing_and_has_no_gradient(self, agg):
         quantizer = built(agg=agg)

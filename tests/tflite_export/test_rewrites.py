@@ -172,15 +172,15 @@ def test_a_layer_without_a_rewrite_says_which_layers_export():
 
 def test_a_layer_of_the_users_own_is_to_be_written_into_the_model():
     class Gate(K.Layer):
-        def __init__(self):
-            super().__init__(name="gate")
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
             self.product = K.Conv2D(4, 1, activation="hard_sigmoid")
 
         def call(self, x):
             return x * self.product(keras.ops.mean(x, (1, 2), keepdims=True))
 
     inputs = keras.Input(IMAGE)
-    x = Gate()(K.Conv2D(4, 3)(inputs))
+    x = Gate(name="gate")(K.Conv2D(4, 3)(inputs))
     (sentence,) = check(keras.Model(inputs, K.Dense(2)(K.Flatten()(x))))
     assert "gate (Gate) has no integer form. Write what its call computes into the mod" in sentence
 

@@ -82,7 +82,8 @@ def test_scales_and_biases_move_and_codes_rest():
     assert float(logit_error([wanted], [outputs(low)])) < 0.9 * start
     for one, other in zip(codes, codes_of(low), strict=True):
         np.testing.assert_array_equal(one, other)
-    moved = {v.path for v, old in zip(low.variables, before, strict=True) if (v != old).any()}
+    changed = zip(low.variables, weights(low), before, strict=True)
+    moved = {v.path for v, new, old in changed if (new != old).any()}
     for name in ("stem/kernel", "lsq/scale", "beta"):  # latent kernels follow their scales
         assert any(path.endswith(name) for path in moved), (name, moved)
 
