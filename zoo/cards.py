@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from keras_lowbit.cli.recipe import refines_codes
 from keras_lowbit.progress import table
 from keras_lowbit.zoo import registry
 
@@ -139,8 +140,8 @@ def how(recipe) -> str:
     whole = recipe.get("refine", {"steps": 0})
     if whole["steps"]:
         parts.append(
-            f"distillation of {_refined(whole)} without labels, {whole['steps']} steps of "
-            f"{whole['batch_size']} images"
+            f"distillation of {'the whole' if refines_codes(whole) else 'all scales and biases'} "
+            f"without labels, {whole['steps']} steps of {whole['batch_size']} images"
         )
     before = recipe["pretrain"]
     if before["epochs"]:
@@ -151,12 +152,6 @@ def how(recipe) -> str:
             f"{_fitted(train)}, distillation {train['distill']}{taught}, seed {train['seed']}"
         )
     return "; ".join(parts) or "post-training, calibration alone"
-
-
-def _refined(whole):
-    # Older recipes have no rates, and trained codes too.
-    codes = whole.get("rates", {"codes_4bit": None}).get("codes_4bit", 0) != 0
-    return "the whole" if codes else "all scales and biases"
 
 
 def _fitted(train):

@@ -53,9 +53,6 @@ def _locked(lock):
             return file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            here = os.fstat(file.fileno())
-            if lock.exists() and os.path.samestat(here, lock.stat()):
-                return file
         except BlockingIOError:
             file.close()
             raise ValueError(
@@ -63,6 +60,9 @@ def _locked(lock):
             ) from None
         except OSError:
             return file  # no locks on this disk
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
         file.close()  # of a run that ended between the two calls, and took the name with it
 
 

@@ -358,6 +358,14 @@ def without_folders(metrics: dict) -> dict:
     return {**metrics, "recipe": recipe}
 
 
+def refines_codes(section: dict) -> bool:
+    """Whether the `[refine]` of a recipe, as metrics hold it, trained codes of kernels too.
+
+    Those of before `rates` did.
+    """
+    return "rates" not in section or bool(section["rates"].get("codes_4bit"))
+
+
 def _check_kernel(recipe, given, where):
     """Refuse a quantizer of kernels beside a scheme that names another one."""
     scheme, kernel = recipe.scheme, given.get("kernel")

@@ -104,12 +104,12 @@ def _checked_scheme(recipe, where):
 
 def _check_unused(quantize, where):
     kept = ("scheme", "calibration_images")  # a float model is rescaled by these images too
-    for one in dataclasses.fields(quantize):
-        given = getattr(quantize, one.name)
-        if one.name not in kept and given != getattr(type(quantize)(), one.name):
+    plain = vars(type(quantize)())
+    for name, given in vars(quantize).items():
+        if name not in kept and given != plain[name]:
             raise ValueError(
-                f"{where}: {one.name} does nothing without a scheme: a float model is made. "
-                f"Got {one.name} = {given!r}; give a scheme, such as 'w8a8', or leave it out"
+                f"{where}: {name} does nothing without a scheme: a float model is made. "
+                f"Got {name} = {given!r}; give a scheme, such as 'w8a8', or leave it out"
             )
 
 
@@ -155,7 +155,7 @@ def _check_rates(section, where):
         section.all_rates  # noqa: B018 - made to see whether they can be
     except (TypeError, ValueError) as error:
         known = [f.name for f in dataclasses.fields(Rates)]
-        raise ValueError(f"{where}: rates are of {known}, above 0. {error}") from error
+        raise ValueError(f"{where}: rates are of {known}. {error}") from error
 
 
 def _check_pretrain(pretrain, where):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from keras_lowbit.cli.recipe import refines_codes
 from keras_lowbit.progress import table
 
 # Least agreement in percent and signal-to-noise ratio in dB after reconstruction.
@@ -176,8 +177,8 @@ def _tuning(recipe):
     steps = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else counts[0]
     refined = recipe.get("refine", {"steps": 0})
     whole = str(refined["steps"])
-    if refined["steps"] and refined.get("rates", {"codes_4bit": None}).get("codes_4bit", 0) != 0:
-        whole += ", codes too"  # older recipes, which have no rates, trained them
+    if refined["steps"] and refines_codes(refined):
+        whole += ", codes too"
     others = ", ".join(f"{name} {bits}" for name, bits in recipe["quantize"]["exceptions"].items())
     means = "matched" if tuned.get("match_means") else "as trained"  # of the blocks' outputs
     rates = ", ".join([*(["all"] if tuned.get("rates") else []), *tuned.get("block_rates", {})])
